@@ -1,0 +1,170 @@
+"""The notice board: one record a rank in shared memory that says who waits where, and who is gone.
+
+Each rank writes its own record and the parent writes the head; everybody reads. A rank writes only when it is
+about to sleep or has made progress, so the board costs nothing while all goes well. It is what turns "the run
+hangs" into a sentence with ranks in it.
+
+    head:    aborted, rank, length, text          verdict, length, text
+    record:  state, pid, serial, owner, offset, value, noticed, done, total, lengths, place, note
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minidp.comm.arena import PAGE, REGION, Arena, round_up
+
+STARTING, RUNNING, RETURNED = 0, 1, 2
+NOBODY = -1  # waits for any rank, not for one
+
+_RECORD = 512
+_TEXT = 192
+_PLACE, _NOTE = _RECORD - 2 * _TEXT, _RECORD - _TEXT
+_STATE, _PID, _SERIAL, _OWNER, _OFFSET, _VALUE, _NOTICED, _DONE, _TOTAL, _PLACE_LEN, _NOTE_LEN = range(11)
+_HEAD = 2048
+_ABORTED, _ABORT_RANK, _ABORT_LEN, _VERDICT, _VERDICT_LEN = range(5)
+_ABORT_TEXT, _VERDICT_TEXT, _HEAD_TEXT = 64, 1024, 960
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A rank waits until the counter at ``offset``, written by world rank ``owner``, reaches ``value``."""
+
+    serial: int
+    owner: int
+    offset: int
+    value: int
+    place: str
+
+
+class Board:
+    """The board of a run of ``world_size`` ranks, in the arena's last region (the parent's)."""
+
+    def __init__(self, arena: Arena, world_size: int) -> None:
+        self.world_size = world_size
+        size = _HEAD + _RECORD * world_size
+        self._view = arena.map((arena.regions - 1) * REGION, round_up(size)).data
+        self._head = self._view.cast("q")
+        self._records = [
+            self._view[_HEAD + _RECORD * r : _HEAD + _RECORD * (r + 1)].cast("q") for r in range(world_size)
+        ]
+
+    @staticmethod
+    def reserve(arena: Arena, world_size: int) -> None:
+        """Reserve the board's memory; once, by the parent."""
+        size = round_up(_HEAD + _RECORD * world_size, PAGE)
+        arena.reserve(arena.take(arena.regions - 1, size), size)
+
+    # -- the head: the parent aborts, a rank that sees a deadlock says so -------------------------------
+
+    def abort(self, rank: int, reason: str) -> None:
+        """Parent only: ``rank`` is dead, for ``reason``; all who wait leave with RankFailed. The first stays."""
+        if not self._head[_ABORTED]:
+            self._head[_ABORT_LEN] = self._write(_ABORT_TEXT, reason, _HEAD_TEXT)
+            self._head[_ABORT_RANK] = rank
+            self._head[_ABORTED] = 1
+
+    def aborted(self) -> tuple[int, str] | None:
+        """The dead rank and why it died, or None."""
+        if not self._head[_ABORTED]:
+            return None
+        return self._head[_ABORT_RANK], self._read(_ABORT_TEXT, self._head[_ABORT_LEN])
+
+    def condemn(self, verdict: str) -> None:
+        """Tell all ranks that some of them wait for each other in a circle."""
+        if not self._head[_VERDICT]:
+            self._head[_VERDICT_LEN] = self._write(_VERDICT_TEXT, verdict, _HEAD_TEXT)
+            self._head[_VERDICT] = 1
+
+    def verdict(self) -> str | None:
+        """What a rank found out about a deadlock, or None."""
+        if not self._head[_VERDICT]:
+            return None
+        return self._read(_VERDICT_TEXT, self._head[_VERDICT_LEN])
+
+    # -- a rank's record --------------------------------------------------------------------------------
+
+    def running(self, rank: int, pid: int) -> None:
+        self._records[rank][_PID] = pid
+        self._records[rank][_STATE] = RUNNING
+
+    def returned(self, rank: int) -> None:
+        """``rank`` has left its function and will not come to any collective again."""
+        self._records[rank][_STATE] = RETURNED
+
+    def state(self, rank: int) -> int:
+        return self._records[rank][_STATE]
+
+    def pid(self, rank: int) -> int:
+        return self._records[rank][_PID]
+
+    def notice(self, rank: int) -> None:
+        """``rank`` has been told of a failure and may be tidying up."""
+        self._records[rank][_NOTICED] = 1
+
+    def noticed(self, rank: int) -> bool:
+        return bool(self._records[rank][_NOTICED])
+
+    def wait(self, rank: int, wait: Wait) -> None:
+        record = self._records[rank]
+        record[_SERIAL] = 0  # readers take a record whose serial is 0, or changes, as nothing
+        record[_OWNER], record[_OFFSET], record[_VALUE] = wait.owner, wait.offset, wait.value
+        record[_PLACE_LEN] = self._write(_HEAD + _RECORD * rank + _PLACE, wait.place, _TEXT)
+        record[_SERIAL] = wait.serial
+
+    def waits_no_more(self, rank: int) -> None:
+        self._records[rank][_SERIAL] = 0
+
+    def waiting(self, rank: int) -> Wait | None:
+        """Where ``rank`` waits, or None if it computes."""
+        record = self._records[rank]
+        serial = record[_SERIAL]
+        if not serial:
+            return None
+        place = self._read(_HEAD + _RECORD * rank + _PLACE, record[_PLACE_LEN])
+        wait = Wait(serial, record[_OWNER], record[_OFFSET], record[_VALUE], place)
+        return wait if record[_SERIAL] == serial else None
+
+    def progress(self, rank: int, done: int, total: int, note: str | None) -> None:
+        record = self._records[rank]
+        record[_DONE], record[_TOTAL] = done, total
+        if note is not None:
+            record[_NOTE_LEN] = self._write(_HEAD + _RECORD * rank + _NOTE, note, _TEXT)
+
+    def progress_of(self, rank: int) -> tuple[int, int, str]:
+        """(steps done, steps in all or 0 if not known, note)."""
+        record = self._records[rank]
+        return record[_DONE], record[_TOTAL], self._read(_HEAD + _RECORD * rank + _NOTE, record[_NOTE_LEN])
+
+    def where_all_are(self) -> str:
+        """One sentence: ``rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412``."""
+        places: dict[str, list[int]] = {}
+        for rank in range(self.world_size):
+            wait = self.waiting(rank)
+            if self.state(rank) == RETURNED:
+                place = "returned"
+            elif wait is not None:
+                place = f"wait in {wait.place}"
+            else:
+                place = "compute"
+            places.setdefault(place, []).append(rank)
+        order = sorted(places, key=lambda place: (place != "returned", places[place]))
+        return "; ".join(name_ranks(places[place], place) for place in order)
+
+    def _write(self, start: int, text: str, limit: int) -> int:
+        data = text.encode()[:limit]
+        self._view[start : start + len(data)] = data
+        return len(data)
+
+    def _read(self, start: int, length: int) -> str:
+        return bytes(self._view[start : start + length]).decode(errors="replace")
+
+
+def name_ranks(ranks: list[int], verb: str = "") -> str:
+    """``rank 2 waits in …`` or ``ranks 0, 1, 3 wait in …``; ``verb`` is the plural."""
+    if len(ranks) == 1:
+        for plural, singular in (("wait ", "waits "), ("compute", "computes")):
+            if verb.startswith(plural):
+                verb = singular + verb[len(plural) :]
+        return f"rank {ranks[0]} {verb}".rstrip()
+    return f"ranks {', '.join(map(str, ranks))} {verb}".rstrip()

@@ -1,0 +1,161 @@
+"""Running a schedule: the generic form of every collective, over nothing but send and receive.
+
+The same lists of transfers are timed by the virtual world and drawn in the notebooks. Contributions that reach
+a rank in one step are added in order of rank, its own value taking its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minidp.comm import schedules
+from minidp.comm.transfers import Message, Schedule, chunk_bounds
+
+if TYPE_CHECKING:
+    from minidp.comm.communicator import Communicator, ReduceOp
+
+Array = npt.NDArray[Any]
+_UFUNC = {"sum": np.add, "avg": np.add, "max": np.maximum, "min": np.minimum}
+
+
+@contextmanager
+def contiguous(x: Array) -> Iterator[Array]:
+    """``x`` as a flat C-contiguous array; what is written there is in ``x`` afterwards."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    yield flat
+    if not np.shares_memory(flat, x):
+        x[...] = flat.reshape(x.shape)
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """float16 or bfloat16: sums of them are made in float32."""
+    return dtype.itemsize == 2 and dtype.name in ("float16", "bfloat16")
+
+
+def fold(parts: Sequence[Array], op: ReduceOp, out: Array) -> None:
+    """``out`` = parts[0] ∘ parts[1] ∘ …, left to right, half precision in float32. AVG's division is apart.
+
+    ``out`` may be parts[0] or parts[1], no later one.
+    """
+    ufunc = _UFUNC[op.value]
+    if len(parts) == 1:
+        if out is not parts[0]:
+            out[...] = parts[0]
+    elif is_half(out.dtype) and ufunc is np.add:
+        total = parts[0].astype(np.float32)
+        for part in parts[1:]:
+            np.add(total, part, out=total)
+        out[...] = total
+    else:
+        ufunc(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            ufunc(out, part, out=out)
+
+
+def finish(x: Array, op: ReduceOp, world_size: int) -> None:
+    """The division of an average, after the sum."""
+    if op.value == "avg":
+        np.divide(x, world_size, out=x)
+
+
+def check_average(dtype: np.dtype[Any], op: ReduceOp) -> None:
+    """Averages of whole numbers are refused: the division would silently round."""
+    if op.value == "avg" and dtype.kind in "biu":
+        raise TypeError(f"AVG of {dtype}: an average of integers would be rounded; use SUM and divide, or floats")
+
+
+def run(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:
+    """Execute this rank's part of ``schedule`` on the flat array, in place; ``op`` None: it only copies."""
+    bounds = chunk_bounds(len(flat), schedule.chunks)
+    for sends, receives in schedule.messages_of(comm.rank):
+        leaving = [comm.post_send(_slice(flat, m, bounds), m.dst, tag) for m in sends]
+        # A step reads the state from before the step: what arrives waits aside until all has left.
+        arrived = [np.empty_like(_slice(flat, m, bounds)) for m in receives]
+        arriving = [comm.post_recv(a, m.src, tag) for a, m in zip(arrived, receives)]
+        for work in (*leaving, *arriving):
+            work.wait()
+        _store(flat, list(zip(receives, arrived)), bounds, comm.rank, op)
+    if op is not None and schedule.name in schedules.ALL_REDUCE:
+        finish(flat, op, comm.world_size)
+
+
+def reduce(comm: Communicator, x: Array, dst: int, op: ReduceOp, tag: int) -> None:
+    """All send to ``dst``, which adds in order of rank."""
+    with contiguous(x) as flat:
+        run(comm, schedules.direct_reduce(comm.world_size, dst), flat, op, tag)
+        if comm.rank == dst:
+            finish(flat, op, comm.world_size)
+
+
+def reduce_scatter(comm: Communicator, out: Array, x: Array, op: ReduceOp, tag: int) -> None:
+    """Rank r gets everybody's r-th part and adds in order of rank."""
+    flat = x.reshape(-1).copy()
+    run(comm, schedules.direct_reduce_scatter(comm.world_size), flat, op, tag)
+    with contiguous(out) as part:
+        part[:] = flat.reshape(comm.world_size, -1)[comm.rank]
+        finish(part, op, comm.world_size)
+
+
+def all_gather(comm: Communicator, out: Array, x: Array, tag: int) -> None:
+    with contiguous(out) as flat:
+        flat.reshape(comm.world_size, -1)[comm.rank] = x.reshape(-1)
+        run(comm, schedules.all_gather(comm.world_size), flat, None, tag)
+
+
+def gather(comm: Communicator, x: Array, dst: int, tag: int) -> Array | None:
+    everybody = np.empty((comm.world_size, *x.shape), x.dtype)
+    everybody[comm.rank] = x
+    run(comm, schedules.gather(comm.world_size, dst), everybody.reshape(-1), None, tag)
+    return everybody if comm.rank == dst else None
+
+
+def scatter(comm: Communicator, x: Array | None, out: Array, src: int, tag: int) -> Array:
+    everybody = np.empty((comm.world_size, *out.shape), out.dtype)
+    if x is not None and comm.rank == src:
+        everybody[...] = x
+    run(comm, schedules.scatter(comm.world_size, src), everybody.reshape(-1), None, tag)
+    out[...] = everybody[comm.rank]
+    return out
+
+
+def all_to_all(comm: Communicator, out: Array, x: Array, tag: int) -> None:
+    """Works on the whole p × p matrix of pieces, as the schedule is written: row r is rank r's."""
+    p = comm.world_size
+    matrix = np.empty((p, *x.shape), x.dtype)
+    matrix[comm.rank] = x
+    run(comm, schedules.all_to_all(p), matrix.reshape(-1), None, tag)
+    out[...] = matrix[:, comm.rank]
+
+
+def _slice(flat: Array, message: Message, bounds: list[tuple[int, int]]) -> Array:
+    return flat[bounds[message.start][0] : bounds[message.stop - 1][1]]
+
+
+def _store(
+    flat: Array,
+    received: list[tuple[Message, Array]],
+    bounds: list[tuple[int, int]],
+    rank: int,
+    op: ReduceOp | None,
+) -> None:
+    contributions: dict[int, list[tuple[int, Array]]] = {}
+    for message, data in received:
+        first = bounds[message.start][0]
+        for chunk in range(message.start, message.stop):
+            lo, hi = bounds[chunk]
+            part = data[lo - first : hi - first]
+            if message.op == "copy":
+                flat[lo:hi] = part
+            else:
+                contributions.setdefault(chunk, []).append((message.src, part))
+    for chunk, parts in contributions.items():
+        assert op is not None
+        lo, hi = bounds[chunk]
+        own = flat[lo:hi].copy() if len(parts) > 1 else flat[lo:hi]
+        ordered = sorted([(rank, own), *parts], key=lambda part: part[0])
+        fold([part for _, part in ordered], op, flat[lo:hi])

@@ -1,0 +1,351 @@
+"""The process world: ranks are processes of one machine that share memory.
+
+Collectives go through payload slots: each rank copies a chunk into its own, all meet once, and everybody reads
+everybody's, summing in order of rank. One barrier a chunk of 512 KB, so copying, summing and the next chunk
+stay in L2. Point-to-point messages, and any other ``algorithm=``, go over queues (``mailbox.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from minidp.comm import execute
+from minidp.comm.arena import REGION, Arena, Bytes, available_bytes, not_enough
+from minidp.comm.board import Board
+from minidp.comm.communicator import SUM, Array, Communicator, ReduceOp, Work
+from minidp.comm.errors import CommError
+from minidp.comm.mailbox import Mailbox
+from minidp.comm.rendezvous import CHUNK, Header, Rendezvous
+from minidp.comm.traffic import Traffic
+from minidp.comm.vigil import Watch
+
+_MAX_PLANS = 256
+
+
+class _Plan(NamedTuple):
+    """What a collective on arrays of one shape and dtype needs each time: made once."""
+
+    header: Header
+    slots: tuple[list[Array], list[Array]]  # typed views of all payload slots, for either parity
+    per_chunk: int  # elements that fit into a slot
+
+
+class ProcessCommunicator(Communicator):
+    """A group of processes of one machine, seen from member ``rank``; see ``Communicator``."""
+
+    shares_memory = True
+
+    def __init__(self, rendezvous: Rendezvous, traffic: Traffic) -> None:
+        super().__init__()
+        self.rank = self.local_rank = rendezvous.rank
+        self.world_size = rendezvous.size
+        self.traffic = traffic
+        self._rendezvous = rendezvous
+        self._world_rank = rendezvous.ranks[rendezvous.rank]
+        self._mailbox = Mailbox(rendezvous, self._world_rank, traffic)
+        self._plans: dict[Any, _Plan] = {}
+        self._closed = False
+        self._children: list[Communicator] = []
+        rendezvous.progress = self._pump
+
+    def __repr__(self) -> str:
+        return f"ProcessCommunicator(rank={self.rank}, world_size={self.world_size}, {self._rendezvous.name!r})"
+
+    # -- primitives ------------------------------------------------------------------------------------
+
+    def post_send(self, x: Array, dst: int, tag: int) -> Work:
+        self._check_usable(x)
+        return self._mailbox.send(x, dst, tag)
+
+    def post_recv(self, x: Array, src: int, tag: int) -> Work:
+        self._check_usable(x)
+        return self._mailbox.recv(x, src, tag)
+
+    def begin(self, operation: str, detail: str = "") -> int:
+        self._check_open()
+        self._rendezvous.enter(self._plan((operation, detail), f"{operation} {detail}").header)
+        return -1 - self._rendezvous.sequence
+
+    def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
+        rendezvous = self._rendezvous
+        colors = self.all_gather_object((color, key, self._world_rank))
+        members = sorted((key, i) for i, (c, key, _) in enumerate(colors) if c == color)
+        offset = Rendezvous.reserve(rendezvous.arena, self._world_rank, len(members)) if color is not None else 0
+        offsets = self.all_gather_object(offset)
+        if color is None:
+            return None
+        order = [i for _, i in members]
+        group = Rendezvous(
+            rendezvous.watch,
+            rendezvous.arena,
+            [offsets[i] for i in order],
+            [colors[i][2] for i in order],
+            order.index(self.rank),
+            name or f"{rendezvous.name}/split {color}",
+        )
+        child = ProcessCommunicator(group, Traffic(parent=self.traffic))
+        self._children.append(child)
+        return child
+
+    def duplicate(self, name: str) -> Communicator:
+        duplicate = self.split(0, self.rank, name)
+        assert duplicate is not None
+        return duplicate
+
+    def allocate(self, nbytes: int) -> list[npt.NDArray[np.uint8]]:
+        if nbytes < 0:
+            raise ValueError(f"allocate: nbytes={nbytes} must be 0 or more")
+        arena = self._rendezvous.arena
+        offset = arena.take(self._world_rank, nbytes)
+        asked = self.all_gather_object((nbytes, offset, available_bytes()))
+        total, free = sum(n for n, _, _ in asked), min(room for _, _, room in asked)
+        if total > free:
+            raise MemoryError(not_enough(total, free))
+        try:
+            arena.reserve(offset, nbytes)
+            failure = None
+        except MemoryError as error:
+            failure = str(error)
+        failures = [message for message in self.all_gather_object(failure) if message is not None]
+        if failures:
+            raise MemoryError(failures[0])
+        return [arena.map(place, size, populate=True) for size, place, _ in asked]
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def close(self) -> None:
+        self._closed = True
+        self._plans.clear()
+        for child in self._children:
+            child.close()
+
+    def leave(self) -> None:
+        """Tell the peers that this rank will not come to any collective again."""
+        self._rendezvous.watch.board.returned(self._world_rank)
+
+    def progress(self, done: int, total: int = 0, note: str | None = None) -> None:
+        self._rendezvous.watch.board.progress(self._world_rank, done, total, note)
+
+    # -- collectives through payload slots --------------------------------------------------------------
+
+    def all_reduce(
+        self, x: Array, op: ReduceOp = SUM, algorithm: str | None = None, *, async_op: bool = False
+    ) -> Work | None:
+        if async_op or algorithm is not None:
+            execute.check_average(x.dtype, op)
+            return super().all_reduce(x, op, algorithm, async_op=async_op)
+        if self._later:
+            self.run_all()
+        plan = self._plans.get((x.dtype, x.shape, op)) or self._all_reduce_plan(x, op)
+        if self._closed:
+            self._check_open()
+        if not x.flags.c_contiguous:
+            with execute.contiguous(x) as flat:
+                self._sum_slots(flat, op, plan)
+        else:
+            self._sum_slots(x if x.ndim == 1 else x.reshape(-1), op, plan)
+        received = x.nbytes * (self.world_size - 1)
+        self.traffic.add(received, received, self.world_size - 1)
+        return None
+
+    def _sum_slots(self, flat: Array, op: ReduceOp, plan: _Plan) -> None:
+        """The whole of an all-reduce: copy in, meet, sum everybody's in order of rank; chunk by chunk."""
+        rendezvous, rank, per_chunk = self._rendezvous, self.rank, plan.per_chunk
+        arrive = rendezvous.enter
+        for lo in range(0, len(flat) or 1, per_chunk):
+            mine = flat[lo : lo + per_chunk]
+            slots = [slot[: len(mine)] for slot in plan.slots[rendezvous.parity()]]
+            slots[rank][:] = mine
+            arrive(plan.header)
+            if rank < 2:  # own values are still in the cache, and the sum's first two terms may alias it
+                slots[rank] = mine
+            execute.fold(slots, op, mine)
+            arrive = rendezvous.arrive
+        execute.finish(flat, op, self.world_size)
+
+    def _all_reduce_plan(self, x: Array, op: ReduceOp) -> _Plan:
+        execute.check_average(x.dtype, op)
+        return self._plan((x.dtype, x.shape, op), f"all_reduce {x.dtype} {x.shape}, {op.value}", x.dtype)
+
+    def all_gather(self, out: Array, x: Array, *, async_op: bool = False) -> Work | None:
+        if async_op:
+            return self._defer(lambda: self.all_gather(out, x))
+        if self._later:
+            self.run_all()
+        plan = self._plans.get(("all_gather", x.dtype, x.shape)) or self._plan(
+            ("all_gather", x.dtype, x.shape), f"all_gather {x.dtype} {x.shape}", x.dtype
+        )
+        self._check_parts(x, out, "all_gather(out, x)")
+        if self._closed:
+            self._check_open()
+        rendezvous, per_chunk = self._rendezvous, plan.per_chunk
+        with execute.contiguous(out) as flat:
+            rows = flat.reshape(self.world_size, x.size)
+            mine = x.reshape(-1)
+            arrive = rendezvous.enter
+            for lo in range(0, len(mine) or 1, per_chunk):
+                slots = plan.slots[rendezvous.parity()]
+                hi = min(lo + per_chunk, len(mine))
+                slots[self.rank][: hi - lo] = mine[lo:hi]
+                arrive(plan.header)
+                for row, slot in zip(rows, slots):
+                    row[lo:hi] = slot[: hi - lo]
+                arrive = rendezvous.arrive
+        self._count(x.nbytes, x.nbytes)
+        return None
+
+    def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
+        if async_op:
+            return self._defer(lambda: self.reduce_scatter(out, x, op))
+        execute.check_average(x.dtype, op)
+        self._check_parts(out, x, "reduce_scatter(out, x)")
+        p, rank = self.world_size, self.rank
+        parts = np.ascontiguousarray(x).reshape(p, out.size)
+        with execute.contiguous(out) as flat:
+
+            def put(slot: Bytes, lo: int, hi: int) -> None:
+                _typed(slot, p, hi - lo, x.dtype)[...] = parts[:, lo:hi]
+
+            def take(slots: list[Bytes], lo: int, hi: int) -> None:
+                pieces = [_typed(slot, p, hi - lo, x.dtype)[rank] for slot in slots]
+                execute.fold(pieces, op, flat[lo:hi])
+
+            self._rounds("reduce_scatter", x, op.value, out.size, p * x.itemsize, put, take)
+            execute.finish(flat, op, p)
+        self._count(out.nbytes, out.nbytes)
+        return None
+
+    def broadcast(self, x: Array, src: int = 0, *, async_op: bool = False) -> Work | None:
+        if async_op:
+            return self._defer(lambda: self.broadcast(x, src))
+        self._check_peer(src, "src")
+        with execute.contiguous(x) as flat:
+            data = flat.view(np.uint8)
+
+            def put(slot: Bytes, lo: int, hi: int) -> None:
+                if self.rank == src:
+                    slot[: hi - lo] = data[lo:hi]
+
+            def take(slots: list[Bytes], lo: int, hi: int) -> None:
+                if self.rank != src:
+                    data[lo:hi] = slots[src][: hi - lo]
+
+            self._rounds("broadcast", x, f"src={src}", len(data), 1, put, take)
+        if self.rank == src:
+            self.traffic.add(x.nbytes * (self.world_size - 1), 0, self.world_size - 1)
+        else:
+            self.traffic.add(0, x.nbytes, 0)
+        return None
+
+    def barrier(self) -> None:
+        if self._later:
+            self.run_all()
+        self._check_open()
+        self._rendezvous.enter(self._plan("barrier", "barrier").header)
+
+    # -- how they are made ------------------------------------------------------------------------------
+
+    def _rounds(
+        self,
+        operation: str,
+        x: Array,
+        detail: str,
+        count: int,
+        width: int,
+        put: Callable[[Bytes, int, int], None],
+        take: Callable[[list[Bytes], int, int], None],
+    ) -> None:
+        """A collective over ``count`` items of ``width`` bytes: put a chunk into the own slot, meet, take."""
+        if self._later:
+            self.run_all()
+        self._check_usable(x)
+        text = f"{operation} {x.dtype} {x.shape}, {detail}"
+        header = self._plan((operation, x.dtype, x.shape, detail), text).header
+        rendezvous, step = self._rendezvous, max(1, CHUNK // width)
+        arrive = rendezvous.enter
+        for lo in range(0, max(count, 1), step):
+            hi = min(lo + step, count)
+            slots = rendezvous.slots(rendezvous.parity())
+            put(slots[self.rank], lo, hi)
+            arrive(header)
+            take(slots, lo, hi)
+            arrive = rendezvous.arrive
+
+    def _plan(self, key: Any, text: str, dtype: np.dtype[Any] | None = None) -> _Plan:
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            if dtype is None:
+                plan = _Plan(Header(text), ([], []), 0)
+            else:
+                _check_dtype(dtype)
+                per_chunk = CHUNK // dtype.itemsize
+                slots = [
+                    [slot[: per_chunk * dtype.itemsize].view(dtype) for slot in self._rendezvous.slots(parity)]
+                    for parity in (0, 1)
+                ]
+                plan = _Plan(Header(text), (slots[0], slots[1]), per_chunk)
+            self._plans[key] = plan
+        return plan
+
+    def _count(self, sent_each: int, received_each: int) -> None:
+        peers = self.world_size - 1
+        self.traffic.add(sent_each * peers, received_each * peers, peers)
+
+    def _pump(self) -> None:
+        if self._mailbox.busy:
+            self._mailbox.pump()
+
+    def _check_usable(self, x: Array) -> None:
+        self._check_open()
+        _check_dtype(x.dtype)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CommError(
+                "this communicator is closed: it lives as long as the function that spawn called with it"
+            )
+
+
+def _check_dtype(dtype: np.dtype[Any]) -> None:
+    if dtype.hasobject:
+        raise TypeError(f"arrays of dtype {dtype} hold Python objects, which can't lie in shared memory")
+
+
+def _typed(slot: Bytes, rows: int, columns: int, dtype: np.dtype[Any]) -> Array:
+    return slot[: rows * columns * dtype.itemsize].view(dtype).reshape(rows, columns)
+
+
+def reserve_world(world_size: int) -> Arena:
+    """The arena of a new run, with its board and every rank's block of the world group: the parent's part."""
+    arena = Arena.create(world_size + 1)
+    Board.reserve(arena, world_size)
+    for rank in range(world_size):
+        Rendezvous.reserve(arena, rank, world_size)
+    return arena
+
+
+def join_world(arena: Arena, rank: int, world_size: int, timeout_s: float) -> ProcessCommunicator:
+    """The communicator of all ranks of the run, in the process that is ``rank``."""
+    board = Board(arena, world_size)
+    # The parent has taken the world's blocks, each at the start of its region; this process takes after it.
+    offsets = [region * REGION for region in range(world_size)]
+    if rank not in arena.taken:
+        Rendezvous.reserve(arena, rank, world_size)
+    watch = Watch(board, arena, rank, timeout_s)
+    world = Rendezvous(watch, arena, offsets, list(range(world_size)), rank, "world")
+    board.running(rank, os.getpid())
+    return ProcessCommunicator(world, Traffic())
+
+
+def comm_self(timeout_s: float = 60.0) -> ProcessCommunicator:
+    """A communicator of this process alone (MPI's COMM_SELF): world size 1 without ``spawn``."""
+    return join_world(reserve_world(1), 0, 1, timeout_s)

@@ -1,0 +1,170 @@
+"""Where the ranks of a group meet: a barrier whose arrival carries a header and a piece of payload.
+
+Every rank owns one block of shared memory in each of its groups: a generation counter, two header slots, two
+payload slots, and a door to each peer (for queues). To arrive is to write header and payload into the slots of
+this generation's parity and to publish the generation; when all have arrived, everybody reads everybody's. Two
+slots are enough, and one barrier a round: nobody can write a slot again before it has passed the *next* barrier,
+where all arrive only after they have read.
+
+The header (operation, shape, dtype, ReduceOp) is compared by its hash at every arrival. It is checked always:
+a collective costs 1 µs, a desynchronised run costs a day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from minidp.comm.arena import Arena, Bytes, round_up
+from minidp.comm.board import name_ranks
+from minidp.comm.errors import CollectiveMismatch
+from minidp.comm.vigil import Watch
+from minidp.comm.word import LINE, SPINS, Word, fence
+
+CHUNK = 512 * 1024  # bytes a payload slot: two of them and the sum stay in a core's L2 cache
+_HEADER, _HEADER_BYTES, _TEXT = 256, 512, 448
+_DOORS = 2048  # where the lines begin through which a rank tells each peer of the queue that it made for it
+
+
+def control_bytes(size: int) -> int:
+    """Of a member's block in a group of ``size`` ranks, without its payload slots."""
+    return round_up(_DOORS + LINE * size)
+
+
+class Header:
+    """What a rank says when it arrives: equal hashes mean that the ranks agree."""
+
+    __slots__ = ("hash", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text.encode()[:_TEXT]
+        self.hash = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+class Rendezvous:
+    """The barrier of a group.
+
+    Args:
+        watch: how this rank waits.
+        offsets: the arena offset of each member's block, in order of the group's ranks.
+        ranks: the world rank of each member.
+        rank: this rank's index in the group.
+        name: of the group, for messages.
+    """
+
+    def __init__(
+        self, watch: Watch, arena: Arena, offsets: Sequence[int], ranks: Sequence[int], rank: int, name: str
+    ) -> None:
+        self.watch, self.arena, self.rank, self.name = watch, arena, rank, name
+        self.ranks = list(ranks)
+        self.size = len(self.ranks)
+        self.offsets = list(offsets)
+        self.sequence = 0  # collectives that this group has begun
+        self.generation = 0  # barriers that this rank has arrived at
+        control = control_bytes(self.size)
+        blocks = [arena.map(offset, control + 2 * CHUNK) for offset in offsets]
+        self._control, self._blocks = control, blocks
+        self._words = [
+            Word(block[:LINE], offset, world) for block, offset, world in zip(blocks, offsets, self.ranks)
+        ]
+        self._mine = self._words[rank]
+        self._peers = [(i, w, w.cell) for i, w in enumerate(self._words) if i != rank]
+        self._headers = [
+            [b[_at(parity) : _at(parity) + _HEADER_BYTES].data.cast("q") for b in blocks] for parity in (0, 1)
+        ]
+        self._texts = [blocks[rank][_at(p) + 64 : _at(p) + _HEADER_BYTES].data for p in (0, 1)]
+        self._slots = [
+            [block[control + parity * CHUNK : control + (parity + 1) * CHUNK] for block in blocks]
+            for parity in (0, 1)
+        ]
+        self._reserved = False
+
+    @staticmethod
+    def reserve(arena: Arena, region: int, size: int) -> int:
+        """A block in ``region`` for a group of ``size``; its payload slots are reserved at their first use."""
+        offset = arena.take(region, control_bytes(size) + 2 * CHUNK)
+        arena.reserve(offset, control_bytes(size))
+        return offset
+
+    def door(self, src: int, dst: int) -> Word:
+        """The counter through which member ``src`` tells member ``dst`` where its queue is."""
+        at = _DOORS + LINE * dst
+        return Word(self._blocks[src][at : at + LINE], self.offsets[src] + at, self.ranks[src])
+
+    def parity(self) -> int:
+        """Which of the two slots belongs to the coming arrival."""
+        return (self.generation + 1) & 1
+
+    def slots(self, parity: int) -> list[Bytes]:
+        """All members' payload slots of a parity: CHUNK bytes each, in rank order."""
+        if not self._reserved:
+            self.arena.reserve(self.offsets[self.rank] + self._control, 2 * CHUNK)
+            self._reserved = True
+        return self._slots[parity]
+
+    def enter(self, header: Header) -> None:
+        """Begin a collective: arrive with ``header``, wait for all, and see that all have brought the same.
+
+        Raises CollectiveMismatch on every rank if they differ, and what ``arrive`` raises.
+        """
+        self.sequence += 1
+        parity = self.parity()
+        mine = self._headers[parity][self.rank]
+        mine[0] = header.hash
+        if mine[1] != header.hash:  # the text of this slot is another header's
+            mine[1] = 0
+            mine[2] = len(header.text)
+            self._texts[parity][: len(header.text)] = header.text
+            mine[1] = header.hash
+        self.arrive(header)
+        for words in self._headers[parity]:
+            if words[0] != header.hash:
+                raise CollectiveMismatch(self._disagreement(parity))
+
+    def arrive(self, header: Header) -> None:
+        """A plain barrier inside a collective: publish this rank's slots, wait for all others'."""
+        self.generation = generation = self.generation + 1
+        self._mine.publish(generation)
+        for _, word, cell in self._peers:
+            if cell[0] >= generation:
+                continue
+            for _ in range(SPINS):
+                if cell[0] >= generation:
+                    break
+            else:
+                self._wait(word, generation, header)
+        if fence is not None:
+            fence()
+
+    def describe(self, header: Header) -> str:
+        """``all_reduce #412 (float32 (784, 512), sum)``, for messages."""
+        operation, _, rest = header.text.decode(errors="replace").partition(" ")
+        where = "" if self.name == "world" else f" of {self.name}"
+        return f"{operation} #{self.sequence}{where}" + (f" ({rest})" if rest else "")
+
+    def _wait(self, word: Word, generation: int, header: Header) -> None:
+        def absent() -> list[int]:
+            return [self.ranks[i] for i, _, cell in self._peers if cell[0] < generation]
+
+        with self.watch.vigil(word, generation, lambda: self.describe(header), absent) as vigil:
+            while not vigil.nap():
+                self.progress()
+
+    progress: Callable[[], object] = staticmethod(lambda: None)
+    """Called between naps: a communicator moves its pending messages on here."""
+
+    def _disagreement(self, parity: int) -> str:
+        said: dict[str, list[int]] = {}
+        for i, words in enumerate(self._headers[parity]):
+            text = bytes(words.cast("B")[64 : 64 + words[2]]).decode(errors="replace")
+            said.setdefault(text, []).append(self.ranks[i])
+        what = "; ".join(name_ranks(ranks, f"called {text}") for text, ranks in said.items())
+        where = "" if self.name == "world" else f" of {self.name}"
+        return (
+            f"the ranks disagree at collective #{self.sequence}{where}: {what}. All ranks must call the same "
+            "operations in the same order, with equal shapes and dtypes"
+        )
+
+
+def _at(parity: int) -> int:
+    return _HEADER + parity * _HEADER_BYTES
