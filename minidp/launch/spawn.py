@@ -1,0 +1,170 @@
+"""``spawn``: run a function on every rank, get back what each returned, and leave nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cloudpickle
+
+from minidp.comm.board import Board
+from minidp.comm.process import reserve_world
+from minidp.launch import blas, interrupts, supervise, worker
+from minidp.launch.logs import RankHandler
+from minidp.launch.progress import Display, wanted
+
+T = TypeVar("T")
+WORLDS = ("process",)
+DEVICES = ("cpu",)
+_log = logging.getLogger("minidp.launch")
+
+
+def spawn(
+    fn: Callable[..., T],
+    world_size: int,
+    *args: Any,
+    world: str = "process",
+    device: str = "cpu",
+    blas_threads: int | None = None,
+    timeout_s: float = 60.0,
+    progress: bool | None = None,
+) -> list[T]:
+    """Run ``fn(comm, *args)`` on ``world_size`` ranks and return what each returned, in rank order.
+
+    Each rank is a process of its own. Functions travel by value where they must: those of a notebook cell, of a
+    script without a ``__main__`` guard, lambdas. Prints and log records of the ranks appear where the parent's do.
+
+    Args:
+        fn: called as ``fn(comm, *args)`` with the rank's ``Communicator``.
+        world_size: number of ranks, at least 1.
+        world: ``"process"``, one worker process a rank.
+        device: ``"cpu"``.
+        blas_threads: BLAS threads a rank; default cores ÷ ranks. Logged at INFO, too few cores at WARNING.
+        timeout_s: how long a rank waits for another in a collective before CollectiveTimeout.
+        progress: show each rank's steps; default: if standard error is a terminal, or in a notebook.
+
+    Raises:
+        RankFailed: the first failure of any rank: ``rank 2 of 4 raised ValueError: …`` (its ``__cause__``) or
+            ``rank 2 of 4 was killed by SIGKILL``. For an error of communication it can be caught as that error
+            too, ``except CollectiveMismatch``. All other ranks have ended.
+        ValueError, TypeError: arguments that can't work. MemoryError: no room for the run, in bytes.
+        KeyboardInterrupt: after the workers are gone. After any ending no process, descriptor or segment is left.
+    """
+    _check(fn, world_size, world, device, timeout_s)
+    threads = blas.threads_per_rank(world_size, blas_threads)
+    surroundings = worker.Surroundings.here(threads)
+    function = _pack(fn, args)
+    title = (
+        f"{world_size} worker process{'es' * (world_size > 1)}, {threads} BLAS thread{'s' * (threads > 1)} each"
+    )
+    _log.info(title)
+    if world_size * threads > blas.cores():
+        _log.warning("%s on %d cores: they take turns, so timings mean nothing", title, blas.cores())
+    workers: list[supervise.Worker] = []
+    arena = reserve_world(world_size)
+    board = Board(arena, world_size)
+    display = Display(board, title, wanted(progress))
+    try:
+        with interrupts.held():
+            context = _context()
+            for rank in range(world_size):
+                job = worker.Job(rank, world_size, timeout_s, arena, function, surroundings, os.getpid())
+                workers.append(_start(context, job))
+        return supervise.run(workers, board, display)
+    finally:
+        with interrupts.held():
+            display.close()
+            for each in workers:
+                each.lifeline.close()
+            for each in workers:
+                each.end()
+            arena.close()
+
+
+def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: float) -> None:
+    if worker.inside_worker:
+        raise RuntimeError(
+            "spawn was called inside a worker of another spawn: call it in the parent; comm.split makes groups"
+        )
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of (comm, *args), not {type(fn).__name__}")
+    if not isinstance(world_size, int) or isinstance(world_size, bool):
+        raise TypeError(f"world_size must be a whole number, not {world_size!r}")
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: at least one rank is needed")
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r}; valid: {', '.join(map(repr, WORLDS))}")
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; valid: {', '.join(map(repr, DEVICES))}")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s={timeout_s}: give a positive number of seconds")
+
+
+def _pack(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    try:
+        return cloudpickle.dumps((fn, args))  # type: ignore[no-any-return]
+    except Exception as error:
+        name = getattr(fn, "__qualname__", repr(fn))
+        raise TypeError(
+            f"{name} and its arguments can't be sent to the workers: {error}. Open files, locks, sockets and "
+            "generators can't travel; make them inside the function"
+        ) from error
+
+
+def _context() -> Any:
+    """The multiprocessing context whose server is started under one BLAS thread, with minidp preloaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minidp.launch.born"])
+    # The server knows neither sys.path nor later changes of the environment: both are sent with each job.
+    home = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with _environ(PYTHONPATH=search, **dict.fromkeys(blas.VARIABLES, "1")):
+        forkserver.ensure_running()
+    return context
+
+
+def _start(context: Any, job: worker.Job) -> supervise.Worker:
+    report, report_out = context.Pipe(duplex=False)
+    log, log_out = context.Pipe(duplex=False)
+    pipe, lifeline = context.Pipe(duplex=False)
+    theirs: list[Connection] = [report_out, log_out, pipe]
+    process = context.Process(target=worker.main, args=(job, *theirs), name=f"minidp-rank-{job.rank}", daemon=True)
+    with _no_main():
+        process.start()
+    for connection in theirs:
+        connection.close()
+    return supervise.Worker(job.rank, process, report, RankHandler(job.rank, log), lifeline)
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Hide the user's script while a process starts, so that multiprocessing does not run it again there."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+@contextmanager
+def _environ(**changes: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,146 @@
+"""The parent's part while workers run: read their reports, notice the dead, end the rest, leave nothing.
+
+One loop in the caller's thread waits for every worker's report pipe and sentinel. The first failure is written
+to the board, where whoever waits in a collective sees it within 2 ms; the others are ended. Ranks that have
+been told get a little time to tidy up in ``except RankFailed``; ranks that compute on are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import signal
+import time
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any
+
+from minidp.comm.board import Board
+from minidp.comm.errors import CommError, RankFailed
+from minidp.launch.logs import RankHandler
+from minidp.launch.progress import REFRESH_S, Display
+
+GRACE_S = 0.1  # for a rank that computes on and has not heard of the failure
+TIDY_S = 5.0  # for a rank that has been told and may be saving something
+
+
+@dataclass
+class Worker:
+    """One worker as the parent sees it."""
+
+    rank: int
+    process: Any
+    report: Connection
+    log: RankHandler
+    lifeline: Connection
+    outcome: tuple[str, Any] | None = None
+    gone: bool = False
+    pending: list[Any] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Kill it if it lives; then its pipes close without waiting for anybody."""
+        self.lifeline.close()
+        if not self.gone:
+            with contextlib.suppress(OSError, ValueError):
+                self.process.kill()
+        self.process.join(2)
+        self.log.close()
+        self.report.close()
+        with contextlib.suppress(ValueError):
+            self.process.close()
+
+
+def run(workers: list[Worker], board: Board, display: Display) -> list[Any]:
+    """Wait until all have returned, and give what they returned, by rank; RankFailed for the first failure."""
+    failure: Exception | None = None
+    deadline = tidy_deadline = float("inf")
+    while not all(worker.gone or (worker.outcome and failure is None) for worker in workers):
+        _read(workers, board, display)
+        display.refresh()
+        if failure is None:
+            failure = _first_failure(workers, board)
+            if failure is not None:
+                deadline, tidy_deadline = time.monotonic() + GRACE_S, time.monotonic() + TIDY_S
+        else:
+            now = time.monotonic()
+            patient = any(board.noticed(worker.rank) for worker in workers if not worker.gone)
+            if now > (tidy_deadline if patient else deadline):
+                break
+    if failure is not None:
+        raise failure
+    return [pickle.loads(worker.outcome[1]) for worker in workers if worker.outcome]
+
+
+def _read(workers: list[Worker], board: Board, display: Display) -> None:
+    """Handle whatever has come within a tenth of a second."""
+    by_handle: dict[Any, Worker] = {}
+    for worker in workers:
+        if not worker.gone:
+            by_handle[worker.process.sentinel] = worker
+            by_handle[worker.report] = worker
+    for handle in connection.wait(list(by_handle), timeout=min(REFRESH_S, GRACE_S / 4)):
+        worker = by_handle[handle]
+        if not worker.gone:
+            ended = handle is not worker.report
+            _drain(worker, display, to_the_end=ended)
+            worker.gone = worker.gone or ended
+
+
+def _drain(worker: Worker, display: Display, to_the_end: bool) -> None:
+    """Read reports that are there; all of them if the worker has ended."""
+    try:
+        while worker.report.poll(0):
+            kind, _, data = worker.report.recv_bytes().partition(b"\0")
+            if kind in (b"stdout", b"stderr"):
+                display.write(pickle.loads(data), kind.decode())
+            else:
+                worker.outcome = kind.decode(), data
+            if not to_the_end:
+                break
+    except (EOFError, OSError):
+        if worker.outcome is None and not to_the_end:
+            worker.process.join(1)  # its pipe is closed: its end is a matter of microseconds
+        worker.gone = True
+
+
+def _first_failure(workers: list[Worker], board: Board) -> Exception | None:
+    for worker in workers:
+        failure = _failure(worker, len(workers))
+        if failure is not None:
+            board.abort(worker.rank, str(failure))
+            return failure
+    return None
+
+
+def _failure(worker: Worker, world_size: int) -> Exception | None:
+    """What went wrong with this worker, as the exception that the parent raises, or None."""
+    who = f"rank {worker.rank} of {world_size}"
+    if worker.outcome is not None and worker.outcome[0] == "raised":
+        kind, text, trace, data, _ = pickle.loads(worker.outcome[1])
+        cause = pickle.loads(data)
+        failed = _class_for(cause)(f"{who} raised {kind}: {text}", worker.rank)
+        failed.add_note(f"\nTraceback of rank {worker.rank}:\n{trace}")
+        failed.__cause__ = cause
+        return failed
+    if worker.gone and worker.outcome is None:
+        return RankFailed(f"{who} {_how_it_ended(worker.process.exitcode)}", worker.rank)
+    return None
+
+
+def _class_for(cause: BaseException | None) -> type[RankFailed]:
+    """RankFailed; for a worker's CommError a RankFailed that can be caught as that error too."""
+    kind = type(cause)
+    if isinstance(cause, CommError) and not isinstance(cause, RankFailed):
+        return type(RankFailed.__name__, (RankFailed, kind), {"__module__": RankFailed.__module__})
+    return RankFailed
+
+
+def _how_it_ended(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return f"was killed by {name}{hint}"
+        return f"was killed by signal {-exitcode}"
+    return f"exited with code {exitcode} without a word: a library or os._exit ended it"

@@ -1,0 +1,145 @@
+"""A worker's life, from birth to its report. Importable by itself: the user's script never runs again in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import TextIOBase
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+
+from minidp.comm import errors
+from minidp.comm.arena import Arena
+from minidp.comm.process import join_world
+from minidp.launch import blas, lifeline, logs
+
+inside_worker = False
+"""True in a worker: ``spawn`` there is an error."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker takes over from its parent, which a fork server does not know."""
+
+    environ: dict[str, str]
+    path: list[str]
+    argv: list[str]
+    folder: str
+    log_levels: dict[str, int]
+    blas_threads: int
+
+    @classmethod
+    def here(cls, blas_threads: int) -> Surroundings:
+        return cls(dict(os.environ), list(sys.path), list(sys.argv), os.getcwd(), logs.levels(), blas_threads)
+
+    def take_over(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environ)
+        sys.path[:] = self.path
+        sys.argv[:] = self.argv
+        with contextlib.suppress(OSError):
+            os.chdir(self.folder)
+        blas.limit(self.blas_threads)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's part of a run, as it travels to the worker."""
+
+    rank: int
+    world_size: int
+    timeout_s: float
+    arena: Arena
+    function: bytes  # (fn, args), by cloudpickle: a notebook's or a script's own functions travel too
+    surroundings: Surroundings
+    parent_pid: int
+
+
+class _ToParent(TextIOBase):
+    """sys.stdout or sys.stderr of a worker: whole lines go to the parent, which prints them where it prints."""
+
+    def __init__(self, send: Callable[[tuple[str, Any]], None], stream: str) -> None:
+        self._send, self._stream, self._rest = send, stream, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            self._send((self._stream, lines + newline))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._rest:
+            rest, self._rest = self._rest, ""
+            self._send((self._stream, rest))
+
+
+def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> None:
+    """Run the job and report once: ("returned", value) or ("raised", …). What ``spawn`` starts in each worker."""
+    global inside_worker
+    inside_worker = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline.hold(pipe.fileno(), job.parent_pid)
+    lock = threading.Lock()
+
+    def send(message: tuple[str, Any]) -> None:
+        data = message[1] if isinstance(message[1], bytes) else cloudpickle.dumps(message[1])
+        with lock:
+            report.send_bytes(message[0].encode() + b"\0" + data)
+
+    sys.stdout, sys.stderr = _ToParent(send, "stdout"), _ToParent(send, "stderr")
+    job.surroundings.take_over()
+    logs.send_to(log, job.surroundings.log_levels)
+    try:
+        message = _run(job)
+    except BaseException as error:  # also SystemExit and KeyboardInterrupt: a rank that ends so has failed
+        message = ("raised", _pack(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    send(message)
+    report.close()
+    log.close()
+    # No atexit, no thread joined, no destructor: nothing of the user's can keep a finished worker alive.
+    os._exit(0)
+
+
+def _run(job: Job) -> tuple[str, Any]:
+    function, args = pickle.loads(job.function)
+    comm = join_world(job.arena, job.rank, job.world_size, job.timeout_s)
+    try:
+        value = function(comm, *args)
+    finally:
+        comm.close()
+    try:
+        data = cloudpickle.dumps(value)
+    except Exception as error:
+        raise TypeError(
+            f"what rank {job.rank} returned can't be pickled ({error}): return arrays, numbers, strings and "
+            "containers of them"
+        ) from error
+    comm.leave()
+    return "returned", data
+
+
+def _pack(error: BaseException) -> bytes:
+    """An exception with its traceback as text; the exception itself only if it survives the journey."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        data = cloudpickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        data = cloudpickle.dumps(None)
+    kind = type(error).__name__
+    blame = error.rank if isinstance(error, errors.RankFailed) else None
+    return cloudpickle.dumps((kind, str(error), trace, data, blame))  # type: ignore[no-any-return]
