@@ -11,6 +11,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import cached_property
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -32,6 +33,13 @@ class ReduceOp(Enum):
     AVG = "avg"
     MAX = "max"
     MIN = "min"
+
+    @cached_property
+    def ufunc(self) -> np.ufunc:
+        """How two values become one (AVG divides afterwards)."""
+        return {"sum": np.add, "avg": np.add, "max": np.maximum, "min": np.minimum}[self.value]
+
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is Python code on every lookup
 
 
 SUM, AVG, MAX, MIN = ReduceOp.SUM, ReduceOp.AVG, ReduceOp.MAX, ReduceOp.MIN

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from minidp.comm.communicator import Communicator, ReduceOp
 
 Array = npt.NDArray[Any]
-_UFUNC = {"sum": np.add, "avg": np.add, "max": np.maximum, "min": np.minimum}
 
 
 @contextmanager
@@ -42,7 +41,7 @@ def fold(parts: Sequence[Array], op: ReduceOp, out: Array) -> None:
 
     ``out`` may be parts[0] or parts[1], no later one.
     """
-    ufunc = _UFUNC[op.value]
+    ufunc = op.ufunc
     if len(parts) == 1:
         if out is not parts[0]:
             out[...] = parts[0]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from minidp.comm import execute
 from minidp.comm.arena import REGION, Arena, Bytes, available_bytes, not_enough
 from minidp.comm.board import Board
-from minidp.comm.communicator import SUM, Array, Communicator, ReduceOp, Work
+from minidp.comm.communicator import AVG, SUM, Array, Communicator, ReduceOp, Work
 from minidp.comm.errors import CommError
 from minidp.comm.mailbox import Mailbox
 from minidp.comm.rendezvous import CHUNK, Header, Rendezvous
@@ -33,7 +33,7 @@ class _Plan(NamedTuple):
 
     header: Header
     slots: tuple[list[Array], list[Array]]  # typed views of all payload slots, for either parity
-    per_chunk: int  # elements that fit into a slot
+    per_chunk: int  # elements of a slot; the array's size if that is less
 
 
 class ProcessCommunicator(Communicator):
@@ -159,20 +159,21 @@ class ProcessCommunicator(Communicator):
         """The whole of an all-reduce: copy in, meet, sum everybody's in order of rank; chunk by chunk."""
         rendezvous, rank, per_chunk = self._rendezvous, self.rank, plan.per_chunk
         arrive = rendezvous.enter
-        for lo in range(0, len(flat) or 1, per_chunk):
-            mine = flat[lo : lo + per_chunk]
-            slots = [slot[: len(mine)] for slot in plan.slots[rendezvous.parity()]]
+        for lo in range(0, len(flat) or 1, per_chunk or 1):
+            mine = flat if len(flat) == per_chunk else flat[lo : lo + per_chunk]
+            slots = plan.slots[rendezvous.parity()]
+            if len(mine) < per_chunk:
+                slots = [slot[: len(mine)] for slot in slots]
             slots[rank][:] = mine
             arrive(plan.header)
-            if rank < 2:  # own values are still in the cache, and the sum's first two terms may alias it
-                slots[rank] = mine
             execute.fold(slots, op, mine)
             arrive = rendezvous.arrive
-        execute.finish(flat, op, self.world_size)
+        if op is AVG:
+            execute.finish(flat, op, self.world_size)
 
     def _all_reduce_plan(self, x: Array, op: ReduceOp) -> _Plan:
         execute.check_average(x.dtype, op)
-        return self._plan((x.dtype, x.shape, op), f"all_reduce {x.dtype} {x.shape}, {op.value}", x.dtype)
+        return self._plan((x.dtype, x.shape, op), f"all_reduce {x.dtype} {x.shape}, {op.value}", x)
 
     def all_gather(self, out: Array, x: Array, *, async_op: bool = False) -> Work | None:
         if async_op:
@@ -180,7 +181,7 @@ class ProcessCommunicator(Communicator):
         if self._later:
             self.run_all()
         plan = self._plans.get(("all_gather", x.dtype, x.shape)) or self._plan(
-            ("all_gather", x.dtype, x.shape), f"all_gather {x.dtype} {x.shape}", x.dtype
+            ("all_gather", x.dtype, x.shape), f"all_gather {x.dtype} {x.shape}", x
         )
         self._check_parts(x, out, "all_gather(out, x)")
         if self._closed:
@@ -190,7 +191,7 @@ class ProcessCommunicator(Communicator):
             rows = flat.reshape(self.world_size, x.size)
             mine = x.reshape(-1)
             arrive = rendezvous.enter
-            for lo in range(0, len(mine) or 1, per_chunk):
+            for lo in range(0, len(mine) or 1, per_chunk or 1):
                 slots = plan.slots[rendezvous.parity()]
                 hi = min(lo + per_chunk, len(mine))
                 slots[self.rank][: hi - lo] = mine[lo:hi]
@@ -278,18 +279,18 @@ class ProcessCommunicator(Communicator):
             take(slots, lo, hi)
             arrive = rendezvous.arrive
 
-    def _plan(self, key: Any, text: str, dtype: np.dtype[Any] | None = None) -> _Plan:
+    def _plan(self, key: Any, text: str, x: Array | None = None) -> _Plan:
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            if dtype is None:
+            if x is None:
                 plan = _Plan(Header(text), ([], []), 0)
             else:
-                _check_dtype(dtype)
-                per_chunk = CHUNK // dtype.itemsize
+                _check_dtype(x.dtype)
+                per_chunk = min(x.size, CHUNK // x.itemsize)
                 slots = [
-                    [slot[: per_chunk * dtype.itemsize].view(dtype) for slot in self._rendezvous.slots(parity)]
+                    [slot[: per_chunk * x.itemsize].view(x.dtype) for slot in self._rendezvous.slots(parity)]
                     for parity in (0, 1)
                 ]
                 plan = _Plan(Header(text), (slots[0], slots[1]), per_chunk)
