@@ -1,0 +1,125 @@
+"""An operation: a class whose instance is one application of it, forward and backward side by side."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from minidp.backend import Array, array_module, array_types, current_meter
+
+if TYPE_CHECKING:
+    from minidp.autograd.tensor import Tensor
+
+grad_enabled: ContextVar[bool] = ContextVar("minidp_grad_enabled", default=True)
+
+
+class Function:
+    """A differentiable operation on raw arrays, and, once applied, a node of the graph.
+
+    A subclass writes two methods, one beside the other::
+
+        class Exp(Function):
+            def forward(self, x):
+                self.saved = y = self.xp.exp(x)
+                return y
+
+            def backward(self, grad):
+                return grad * self.saved
+
+    and is called as ``Exp.apply(tensor)``. `forward` gets the arrays behind the tensors (numbers and raw
+    arrays arrive as they are, keyword options too). `backward` gets ∂loss/∂output and returns ∂loss/∂input,
+    one per input (a tuple if there are several), None where ``self.needs[k]`` is False.
+
+    Attributes: `xp` the array module; `inputs` what `apply` was given; `needs` whether each input needs a
+    gradient, all False when nothing is recorded; `saved` what forward keeps for backward. A graph is used
+    once, so backward may overwrite the arrays in `saved` that forward made itself.
+    """
+
+    __slots__ = ("inputs", "needs", "saved", "xp")
+
+    fresh: ClassVar[bool] = False
+    """True promises that backward returns new arrays (or slots), held by nobody else: no copy is needed."""
+
+    inputs: tuple[Any, ...] | None
+    needs: tuple[bool, ...]
+    saved: Any
+    xp: Any
+
+    def forward(self, *arrays: Any, **options: Any) -> Array:
+        raise NotImplementedError
+
+    def backward(self, grad: Array) -> Any:
+        raise NotImplementedError
+
+    def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        """Estimate the floating-point operations (forward, backward) from the shapes of output and inputs.
+
+        By default an elementwise operation: one per element of the larger of output and input, and as many
+        for each gradient.
+        """
+        size = max(out.size, *(getattr(x, "size", 1) for x in inputs))
+        return float(size), float(size * sum(self.needs))
+
+    @classmethod
+    def apply(cls, *inputs: Any, **options: Any) -> Tensor:
+        """Run forward on `inputs` (tensors, raw arrays, numbers); record the node if a gradient will flow."""
+        fn = cls()
+        needs = tuple([isinstance(x, Tensor) and x.requires_grad for x in inputs])
+        record = True in needs and grad_enabled.get()
+        fn.needs = needs if record else (False,) * len(needs)
+        arrays = [x.data if isinstance(x, Tensor) else x for x in inputs]
+        first = arrays[0] if hasattr(arrays[0], "shape") else arrays[1]  # in 2 / x the array comes second
+        xp = fn.xp = array_module(first)
+        data = fn.forward(*arrays, **options)
+        if type(data) not in array_types:  # a full reduction gives NumPy's scalar, or a lone Fraction
+            data = xp.asarray(data)
+        meter = current_meter()
+        if meter is not None:
+            meter.count(fn.flops(data, *arrays)[0])
+        out = Tensor.__new__(Tensor)
+        out.data = data
+        out.requires_grad = record
+        out._grad = None
+        if record:
+            fn.inputs = inputs
+            out.grad_fn = fn
+        else:  # fn, and all that it saved, ends here
+            out.grad_fn = None
+        return out
+
+    def grad_out(self, k: int) -> Array | None:
+        """Return the array to write the gradient of input `k` into, or None: then make a new one.
+
+        It is the slot of a bound Parameter, if nothing was written to it in this step. Computing straight
+        into it (``xp.matmul(..., out=self.grad_out(1))``) saves a copy of the size of the parameter.
+        """
+        assert self.inputs is not None
+        tensor = self.inputs[k]
+        return None if tensor._grad_written else tensor._grad_slot
+
+    def fit(self, k: int, grad: Array) -> Array:
+        """Undo the broadcasting of input `k`: sum `grad`, of the output's shape, to the input's shape."""
+        assert self.inputs is not None
+        return unbroadcast(grad, self.inputs[k].data.shape)
+
+
+def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:
+    """Sum `grad` over the axes along which an array of `shape` was broadcast to ``grad.shape``.
+
+    A copy along an axis in forward is a sum along that axis in backward.
+    """
+    if grad.shape == shape:
+        return grad
+    leading = grad.ndim - len(shape)
+    stretched = tuple(i for i, n in enumerate(shape, leading) if n == 1 and grad.shape[i] != 1)
+    return grad.sum(axis=(*range(leading), *stretched), keepdims=True).reshape(shape)
+
+
+def rows(x: Array) -> Array:
+    """View `x` of shape (..., features) as (rows, features); rows may be 0."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+# Last, because the two need each other: an operation makes tensors, a tensor's methods are operations.
+from minidp.autograd.tensor import Tensor  # noqa: E402

@@ -1,0 +1,150 @@
+"""The operations of layers: forward and backward on arrays. `functional` gives them their public names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from minidp.autograd.function import Function, rows
+from minidp.backend import Array, asarray, generator
+from minidp.nn.normal import normal_cdf
+
+
+class Linear(Function):
+    """y = x Wᵀ + b as one node: x (..., in), W (out, in), b (out,) → y (..., out).
+
+    Fused because the bias then is added in place and its gradient needs no broadcasting undone.
+    """
+
+    fresh = True
+
+    def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        if x.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"linear: input of shape {x.shape} for a weight of shape {weight.shape} (out, in)")
+        if x.dtype != weight.dtype:  # float64 batches do not turn a float32 model into float64
+            x = x.astype(weight.dtype)
+        y = x @ weight.T if x.ndim <= 2 else (rows(x) @ weight.T).reshape(*x.shape[:-1], weight.shape[0])
+        if bias is not None:
+            y += bias
+        self.saved = x, weight
+        return y
+
+    def backward(self, grad: Array) -> Any:
+        x, weight = self.saved
+        needs = self.needs
+        grad_x = grad @ weight if needs[0] else None
+        if grad.ndim != 2:
+            grad, x = rows(grad), rows(x)
+        grad_w = self.xp.matmul(grad.T, x, out=self.grad_out(1)) if needs[1] else None
+        if len(needs) == 2:
+            return grad_x, grad_w
+        return grad_x, grad_w, grad.sum(axis=0, out=self.grad_out(2)) if needs[2] else None
+
+    def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        product = 2.0 * out.size * inputs[0].shape[-1]
+        bias = float(out.size) * (len(inputs) == 3)
+        return product + bias, product * sum(self.needs[:2]) + bias * sum(self.needs[2:])
+
+
+class ReLU(Function):
+    """max(x, 0); the derivative at 0 is 0."""
+
+    fresh = True
+
+    def forward(self, x: Array) -> Array:
+        self.saved = y = self.xp.maximum(x, 0)
+        return y
+
+    def backward(self, grad: Array) -> Any:
+        return grad * (self.saved > 0)
+
+
+class Tanh(Function):
+    fresh = True
+
+    def forward(self, x: Array) -> Array:
+        self.saved = y = self.xp.tanh(x)
+        return y
+
+    def backward(self, grad: Array) -> Any:
+        return grad * (1 - self.saved * self.saved)
+
+
+class GELU(Function):
+    """x·Φ(x) with Φ the normal distribution function (Hendrycks & Gimpel 2016), or its tanh approximation.
+
+    One node, because derivative and value share their costly parts: forward keeps dy/dx.
+    """
+
+    fresh = True
+
+    def forward(self, x: Array, approximate: str = "none") -> Array:
+        xp, dtype = self.xp, x.dtype
+        if dtype.itemsize < 4:
+            x = x.astype("float32")
+        if approximate == "none":
+            cdf, density = normal_cdf(x, xp)
+            slope = x * density
+        elif approximate == "tanh":  # Φ(x) ≈ (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³)
+            square = x * x
+            t = xp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * square))
+            cdf = 0.5 + 0.5 * t
+            slope = 0.5 * x * (1 - t * t) * (math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * square))
+        else:
+            raise ValueError(f'gelu: approximate must be "none" or "tanh", not {approximate!r}')
+        y = x * cdf
+        slope += cdf
+        self.saved = slope.astype(dtype, copy=False)
+        return y.astype(dtype, copy=False)
+
+    def backward(self, grad: Array) -> Any:
+        return grad * self.saved
+
+
+class Dropout(Function):
+    """x · mask / (1 − p), each element kept with chance 1 − p by the generator at (seed, *key)."""
+
+    fresh = True
+
+    def forward(self, x: Array, p: float, seed: int, key: tuple[int | str, ...]) -> Array:
+        if p == 1:
+            self.saved = self.xp.zeros_like(x)
+        else:  # drawn on the host, so that every device drops the same elements
+            keep = generator(seed, *key).random(x.shape, dtype="float32") >= p
+            self.saved = asarray(keep, self.xp, x.dtype) * (1 / (1 - p))
+        return x * self.saved
+
+    def backward(self, grad: Array) -> Any:
+        return grad * self.saved
+
+
+class Softmax(Function):
+    """exp(x_i) / Σ_j exp(x_j) along an axis, shifted by the largest x so that nothing overflows."""
+
+    fresh = True
+
+    def forward(self, x: Array, axis: int = -1) -> Array:
+        y = self.xp.exp(x - x.max(axis=axis, keepdims=True, initial=-math.inf))
+        y /= y.sum(axis=axis, keepdims=True)
+        self.saved = y, axis
+        return y
+
+    def backward(self, grad: Array) -> Any:
+        y, axis = self.saved
+        return y * (grad - (grad * y).sum(axis=axis, keepdims=True))
+
+
+class LogSoftmax(Function):
+    """x_i − log Σ_j exp(x_j) along an axis."""
+
+    fresh = True
+
+    def forward(self, x: Array, axis: int = -1) -> Array:
+        y = x - x.max(axis=axis, keepdims=True, initial=-math.inf)
+        y -= self.xp.log(self.xp.exp(y).sum(axis=axis, keepdims=True))
+        self.saved = y, axis
+        return y
+
+    def backward(self, grad: Array) -> Any:
+        y, axis = self.saved
+        return grad - self.xp.exp(y) * grad.sum(axis=axis, keepdims=True)

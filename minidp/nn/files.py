@@ -1,0 +1,69 @@
+"""Models on disk, in the safetensors format that PyTorch reads and writes too."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minidp.autograd import Tensor
+from minidp.backend import array_types, to_numpy
+
+
+def save_file(
+    state_dict: Mapping[str, Any], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write name → array to `path`, with optional text `metadata`.
+
+    The file appears whole or not at all: it is written beside its place, synced, then renamed.
+    """
+    from safetensors.numpy import save
+
+    arrays = {}
+    for name, value in state_dict.items():
+        value = value.data if isinstance(value, Tensor) else value
+        array = to_numpy(value) if type(value) in array_types else np.asarray(value)
+        if array.dtype.kind == "O":
+            raise TypeError(f"{name} holds Python objects: files hold numbers; convert it by .astype first")
+        arrays[name] = np.array(array, order="C")  # safetensors writes the buffer as it lies
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(arrays, dict(metadata) if metadata is not None else None))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Read name → array from a safetensors file, ours or PyTorch's.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged; both name the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: nn.save_file(model.state_dict(), path) writes one")
+    try:
+        return dict(load(path.read_bytes()))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}): copy it again or save it anew"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

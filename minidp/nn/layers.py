@@ -1,0 +1,118 @@
+"""The layers. Each accepts tensors and raw arrays, and batches of 0 samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minidp.autograd import Tensor
+from minidp.nn import functional
+from minidp.nn.init import fan_in_uniform
+from minidp.nn.module import Module
+from minidp.nn.parameter import Parameter
+
+
+class Linear(Module):
+    """x Wᵀ + b: (..., in_features) → (..., out_features). weight (out, in) and bias (out,) as in PyTorch.
+
+    Both start as U(±1/√in_features), float32; inputs of another dtype are cast to that of the weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"Linear: features must be positive, not {in_features} → {out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = Parameter(np.zeros((out_features, in_features), dtype=np.float32))
+        self.bias = Parameter(np.zeros(out_features, dtype=np.float32)) if bias else None
+        self.initialize(0)
+
+    def initial(self, name: str, rng: np.random.Generator) -> np.ndarray:
+        shape = (self.out_features, self.in_features) if name == "weight" else (self.out_features,)
+        return fan_in_uniform(rng, shape, self.in_features)
+
+    def forward(self, x: Any) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}" + ("" if self.bias is not None else ", bias=False")
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def forward(self, x: Any) -> Tensor:
+        return functional.relu(x)
+
+
+class Tanh(Module):
+    """tanh(x)."""
+
+    def forward(self, x: Any) -> Tensor:
+        return functional.tanh(x)
+
+
+class GELU(Module):
+    """x · Φ(x); ``approximate="tanh"`` for the cheaper form that GPT-2 uses."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f'GELU: approximate must be "none" or "tanh", not {approximate!r}')
+        self.approximate = approximate
+
+    def forward(self, x: Any) -> Tensor:
+        return functional.gelu(x, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+class Flatten(Module):
+    """Merge the axes from `start_dim` on: (n, 1, 28, 28) → (n, 784)."""
+
+    def __init__(self, start_dim: int = 1) -> None:
+        self.start_dim = start_dim
+
+    def forward(self, x: Any) -> Tensor:
+        return functional.flatten(x, self.start_dim)
+
+    def extra_repr(self) -> str:
+        return f"start_dim={self.start_dim}"
+
+
+class Identity(Module):
+    """x itself: a place where a layer could be."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class Sequential(Module):
+    """The layers one after the other, named "0", "1", …; initialised with `seed`.
+
+    Can be indexed and iterated, so it also serves as a list of modules.
+    """
+
+    def __init__(self, *layers: Module, seed: int = 0) -> None:
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Module):
+                raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, not a Module")
+            setattr(self, str(i), layer)
+        self._layers = len(layers)
+        self.initialize(seed)
+
+    def forward(self, x: Any) -> Any:
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def __getitem__(self, index: int) -> Module:
+        layer: Module = getattr(self, str(range(self._layers)[index]))
+        return layer
+
+    def __iter__(self) -> Iterator[Module]:
+        return (self[i] for i in range(self._layers))

@@ -1,0 +1,95 @@
+"""The losses as operations: each a mean over samples or elements, 0 with zero gradient over none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minidp.autograd.function import Function
+from minidp.backend import Array, asarray, to_numpy
+
+
+class CrossEntropy(Function):
+    """− 1/n Σ_i log softmax(z_i)[label_i] for logits z (n, C) and integer labels (n,) → a scalar.
+
+    Softmax and loss are one node, because the gradient then is simply (softmax(z) − onehot(label)) / n.
+    """
+
+    fresh = True
+
+    def forward(self, logits: Array, labels: Array) -> Array:
+        xp = self.xp
+        labels = check_labels(logits, labels, xp)
+        n, classes = logits.shape
+        if n == 0:
+            self.saved = logits, None
+            return xp.zeros((), dtype=logits.dtype)
+        # Position of each sample's label in the flattened (n, C) array: take() is cheaper than [rows, labels].
+        at = labels + xp.arange(0, n * classes, classes)
+        p = logits - logits.max(axis=1, keepdims=True)
+        picked = p.ravel().take(at)
+        xp.exp(p, out=p)
+        total = p.sum(axis=1, keepdims=True)
+        p /= total
+        self.saved = p, at
+        return (xp.log(total).sum() - picked.sum()) / n
+
+    def backward(self, grad: Array) -> Any:
+        p, at = self.saved
+        if at is None:
+            return self.xp.zeros_like(p), None
+        flat = p.ravel()  # p is this node's own array, contiguous: reuse it
+        flat[at] -= 1
+        p *= grad / len(p)
+        return p, None
+
+    def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 6.0 * inputs[0].size, 2.0 * inputs[0].size
+
+
+def check_labels(logits: Array, labels: Array, xp: Any) -> Array:
+    """Return `labels` as an array beside the logits, or raise an error that tells what is wrong with them."""
+    if logits.ndim != 2:
+        raise ValueError(f"cross_entropy: logits must have shape (n, classes), not {logits.shape}")
+    n, classes = logits.shape
+    labels = asarray(labels, xp)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"cross_entropy: labels must be integers in 0 … {classes - 1}, not {labels.dtype}")
+    if labels.shape != (n,):
+        raise ValueError(
+            f"cross_entropy: {n} logits need labels of shape ({n},), not {labels.shape}; "
+            "one integer per sample, no one-hot rows"
+        )
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        host = to_numpy(labels)
+        where = int(to_numpy(wrong).argmax())
+        raise ValueError(
+            f"cross_entropy: label {host[where]} of sample {where} is outside 0 … {classes - 1} "
+            f"({classes} classes, as the logits have columns)"
+        )
+    return labels
+
+
+class MSELoss(Function):
+    """Σ (prediction − target)² / (number of elements) → a scalar; exact on Fractions."""
+
+    fresh = True
+
+    def forward(self, prediction: Array, target: Array) -> Array:
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"mse_loss: prediction of shape {prediction.shape} and target of shape {target.shape} "
+                "would be broadcast against each other: reshape one of them"
+            )
+        if target.dtype != prediction.dtype:
+            target = target.astype(prediction.dtype)
+        self.saved = difference = prediction - target
+        return (difference * difference).sum() / max(difference.size, 1)
+
+    def backward(self, grad: Array) -> Any:
+        difference = self.saved
+        difference *= 2 * grad / max(difference.size, 1)
+        return difference, -difference if self.needs[1] else None
+
+    def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 3.0 * inputs[0].size, float(inputs[0].size * sum(self.needs))
