@@ -1,0 +1,8 @@
+"""The strategies: the only room where learning meets communication."""
+
+from minidp.parallel.data_parallel import DataParallel
+from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.naive import NaiveDataParallel
+from minidp.parallel.strategy import Strategy
+
+__all__ = ["DataParallel", "NaiveDataParallel", "NonFiniteGradient", "Strategy"]

@@ -1,0 +1,251 @@
+"""Synchronous data parallelism (article 3.1, 3.3.1): averaged gradients, the same update everywhere.
+
+``naive.py`` beside this file is the article's text as code. This one does the same sums in the same order, bit
+for bit, without copying: gradients lie in shared memory, each rank adds up its own slice of everybody's, applies
+the update to that slice of the one shared copy of w, and two barriers make it a step.
+
+    backward        g_i, times n_i, written into rank i's slab
+    barrier         everybody's gradients are there, and Σ n_i is known
+    my slice        g = (Σ_i n_i g_i) / Σ n_i, in order of rank;  w' = rule(w, g) into the other buffer
+    barrier         all slices are written: flip, w' is w
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from minidp import trace
+from minidp.comm import Communicator
+from minidp.comm.execute import is_half
+from minidp.nn import Module
+from minidp.optim import Optimizer
+from minidp.parallel import norms
+from minidp.parallel.buckets import make_buckets, pieces, slices
+from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.slabs import Flat, Slabs
+from minidp.parallel.strategy import StateDict, Strategy
+
+BLOCK_BYTES = 128 * 1024  # gradients, w and state of a block stay in L2 between the sum and the update
+
+
+class _Block(NamedTuple):
+    """A piece of this rank's slice, within one parameter group: views made once, used every step."""
+
+    lo: int
+    hi: int
+    group: int
+    parts: list[Flat]  # every rank's gradients
+    params: tuple[Flat, Flat]
+    state: tuple[dict[str, Flat], dict[str, Flat]]
+    mean: Flat  # scratch: the sum, then the mean
+    scratch: tuple[Flat, ...]
+
+
+class DataParallel(Strategy):
+    """N replicas, N shards, one model: N workers equal one worker.
+
+    Args:
+        model, optimizer: built alike on every rank; the optimizer from ``model.parameters()``.
+        comm: the ranks that train together; must share memory (the process world).
+        accumulation_steps: backwards that may be added up before a step.
+        bucket_cap_mb: gradients leave in buckets of about this size. On the CPU all leave in ``step``; their order
+            is fixed, and the result does not depend on this number.
+        clip_norm: scale the averaged gradient down to this 2-norm if it is longer.
+        check_finite: raise NonFiniteGradient, on all ranks, rather than commit NaN or infinity.
+
+    Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
+    of w that they read), two barriers (four with ``clip_norm``), the update done once instead of N times.
+    Memory: see ``slabs.py``. Sources: Li et al., VLDB 2020; Rajbhandari et al., "ZeRO", SC 2020 (sharded update).
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        comm: Communicator,
+        *,
+        accumulation_steps: int = 1,
+        bucket_cap_mb: float = 25,
+        clip_norm: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
+        if not comm.shares_memory:
+            raise ValueError("DataParallel needs a communicator that shares memory; NaiveDataParallel does not")
+        self.buckets = make_buckets(self.layout, bucket_cap_mb)
+        self._slabs = Slabs(self.layout, optimizer.slots, self.comm)
+        self._broadcast_rest()
+        self._slabs.publish(self.comm.rank)
+        self._slabs.bind_grads(self.comm.rank)
+        self.comm.barrier()
+        self._slabs.flip()
+        rank, world_size = self.comm.rank, self.comm.world_size
+        self._slices = [slices(self.layout, bucket, world_size)[rank] for bucket in self.buckets]
+        self._pieces = pieces(self.layout, 0, self.layout.size)
+        self._blocks = self._cut_blocks()
+        self._counts = np.zeros(world_size, np.int64)
+        self._reports = np.zeros((world_size, 3), np.int64)
+
+    def load_state_dict(self, state: StateDict) -> None:
+        state = self._checked_everywhere(state)
+        self.release()
+        self.model.load_state_dict(state)
+        self._slabs.publish(self.comm.rank)
+        self._slabs.bind_grads(self.comm.rank)
+        self.comm.barrier()
+        self._slabs.flip()
+        self.discard()
+
+    def release(self) -> None:
+        """Give the model parameters of its own again: after this it belongs to no strategy. Not collective."""
+        self.layout.release()
+
+    # -- a step ----------------------------------------------------------------------------------------
+
+    def _start_gradients(self) -> None:
+        self.layout.clear_written()
+
+    def _reduce_and_update(self, samples: int) -> None:
+        comm = self.comm
+        self.layout.zero_unwritten(self._slabs.grads[comm.rank])
+        with trace.span("wait for gradients", "wait"):
+            comm.all_gather(self._counts, np.array([samples], np.int64))
+        total = int(self._counts.sum())  # Σ n_i
+        if total == 0:
+            return
+        report = np.zeros(3, np.int64)  # 1 + the first element that is not finite, its rank, what it is; or 0
+        with trace.span("reduce and update", "compute"):
+            if self.clip_norm is None:
+                for block in self._blocks:
+                    self._update(block, self._reduce(block, total, report))
+            else:
+                self._clipped_update(total, self.clip_norm, report)
+        with trace.span("wait for parameters", "wait"):
+            comm.all_gather(self._reports, report)
+        self._count_traffic()
+        if self._reports.any():
+            self._raise_non_finite()
+        self._slabs.flip()
+
+    def _reduce(self, block: _Block, total: int, report: np.ndarray) -> Flat:
+        """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32."""
+        mean, parts = block.mean, block.parts
+        if len(parts) == 1:
+            np.divide(parts[0], total, out=mean, dtype=mean.dtype)
+        else:
+            np.add(parts[0], parts[1], out=mean, dtype=mean.dtype)
+            for part in parts[2:]:
+                np.add(mean, part, out=mean)
+            np.divide(mean, total, out=mean)
+        # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
+        if self.check_finite and not report[0] and not np.isfinite(np.dot(mean, mean)):
+            _find_non_finite(block, report)
+        return mean if mean.dtype == block.params[0].dtype else mean.astype(block.params[0].dtype)
+
+    def _update(self, block: _Block, gradient: Flat) -> None:
+        """w' ← rule(w, ∇L) on this block, from the current buffers into the others."""
+        now, after = self._slabs.current, 1 - self._slabs.current
+        hyper = self.optimizer.hyper(block.group, self.updates)
+        self.optimizer.update(
+            block.params[now],
+            gradient,
+            block.state[now],
+            block.params[after],
+            block.state[after],
+            lr=hyper["lr"],
+            t=self.updates,
+            hyper=hyper,
+            scratch=block.scratch,
+        )
+
+    def _clipped_update(self, total: int, clip_norm: float, report: np.ndarray) -> None:
+        """The same, with the norm of the mean in between.
+
+        My slice of the mean replaces my slice of my own gradients: nobody else reads that place.
+        """
+        mine = self._slabs.grads[self.comm.rank]
+        for block in self._blocks:
+            mine[block.lo : block.hi] = self._reduce(block, total, report)
+        squares = np.zeros(len(self._pieces))
+        for lo, hi in self._slices:
+            norms.add_squares(squares, self._pieces, mine, lo, hi)
+        self.comm.all_reduce(squares)  # each piece has one rank that is not zero there: exact
+        scale = norms.clip_scale(squares, clip_norm)
+        for block in self._blocks:
+            gradient = mine[block.lo : block.hi]
+            np.multiply(gradient, scale, out=gradient)
+            self._update(block, gradient)
+
+    def _count_traffic(self) -> None:
+        """Zero-copy: peers read my gradients outside my slice, and each reads my slice of w."""
+        itemsize, peers = self.layout.itemsize, self.comm.world_size - 1
+        mine = sum(hi - lo for lo, hi in self._slices)
+        rest = self.layout.size - mine
+        for traffic in (self._exchanged, self.comm.traffic):
+            traffic.add((rest + mine * peers) * itemsize, (mine * peers + rest) * itemsize, 2 * peers)
+
+    def _raise_non_finite(self) -> None:
+        reports = [tuple(int(x) for x in row) for row in self._reports if row[0]]
+        element, rank, kind = min(reports)
+        (name, *_) = self.layout.names_at(element - 1, element)
+        raise NonFiniteGradient(name, rank, self.updates, (float("nan"), float("inf"), float("-inf"))[kind])
+
+    # -- made once -------------------------------------------------------------------------------------
+
+    def _cut_blocks(self) -> list[_Block]:
+        """This rank's slices of all buckets, in launch order, cut to blocks of one parameter group each."""
+        slabs, dtype = self._slabs, np.dtype(self.layout.dtype)
+        length = BLOCK_BYTES // dtype.itemsize
+        mean = np.empty(length, np.float32 if is_half(dtype) else dtype)
+        scratch = tuple(np.empty(length, dtype) for _ in range(self.optimizer.scratch))
+        blocks = []
+        for start, stop, group in self._runs():
+            for lo in range(start, stop, length):
+                hi = min(lo + length, stop)
+                blocks.append(
+                    _Block(
+                        lo=lo,
+                        hi=hi,
+                        group=group,
+                        parts=[grad[lo:hi] for grad in slabs.grads],
+                        params=(slabs.params[0][lo:hi], slabs.params[1][lo:hi]),
+                        state=tuple({k: v[i][lo:hi] for k, v in slabs.state.items()} for i in (0, 1)),  # type: ignore[arg-type]
+                        mean=mean[: hi - lo],
+                        scratch=tuple(array[: hi - lo] for array in scratch),
+                    )
+                )
+        return blocks
+
+    def _runs(self) -> Iterator[tuple[int, int, int]]:
+        """(lo, hi, parameter group) of this rank's slices, neighbours of one group joined."""
+        segments = self.layout.segments
+        groups = [self.optimizer.group_of(segment.parameter) for segment in segments]
+        ends = [*(segment.offset for segment in segments[1:]), self.layout.size]
+        for lo, hi in self._slices:
+            run: tuple[int, int, int] | None = None
+            for segment, end, group in zip(segments, ends, groups):
+                start, stop = max(lo, segment.offset), min(hi, end)
+                if start >= stop:
+                    continue
+                if run is not None and run[2] == group:
+                    run = (run[0], stop, group)
+                    continue
+                if run is not None:
+                    yield run
+                run = (start, stop, group)
+            if run is not None:
+                yield run
+
+
+def _find_non_finite(block: _Block, report: np.ndarray) -> None:
+    """Write into ``report``: 1 + the first element that is not finite, the rank that brought it, NaN or inf."""
+    for rank, values in (*enumerate(block.parts), (-1, block.mean)):
+        bad = ~np.isfinite(values)
+        if bad.any():
+            first = int(bad.argmax())
+            kind = 0 if np.isnan(values[first]) else 1 if values[first] > 0 else 2
+            report[:] = block.lo + first + 1, rank, kind
+            return

@@ -1,0 +1,105 @@
+"""Synchronous data parallelism as the article writes it: literal replicas, parameter by parameter.
+
+Every rank keeps its own copy of w. After backward each gradient is summed over the ranks by messages through
+queues, divided by the number of samples, and every rank applies the same update. It is the reference that
+``DataParallel`` is tested against, bit for bit, and what to read first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minidp.comm import Communicator
+from minidp.nn import Module
+from minidp.optim import Optimizer
+from minidp.parallel import norms
+from minidp.parallel.buckets import pieces
+from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.strategy import StateDict, Strategy
+
+
+class NaiveDataParallel(Strategy):
+    """See ``DataParallel``: the same arguments and results, slowly.
+
+    Cost of a step, n bytes of gradients: sent (N−1)n a rank, in one message a parameter and peer.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        comm: Communicator,
+        *,
+        accumulation_steps: int = 1,
+        clip_norm: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
+        for segment in self.layout.segments:
+            self.comm.broadcast(segment.parameter.data, 0)  # the same w everywhere
+        self._broadcast_rest()
+        self._state = [
+            {slot: np.zeros(segment.size, segment.parameter.dtype) for slot in optimizer.slots}
+            for segment in self.layout.segments
+        ]
+
+    def load_state_dict(self, state: StateDict) -> None:
+        self.model.load_state_dict(self._checked_everywhere(state))
+        self.discard()
+
+    def _start_gradients(self) -> None:
+        for segment in self.layout.segments:
+            segment.parameter.grad = None
+
+    def _reduce_and_update(self, samples: int) -> None:
+        count = np.array([samples])
+        self.comm.all_reduce(count, algorithm="direct")
+        total = int(count[0])  # Σ n_i
+        if total == 0:
+            return
+        gradients = [self._mean_gradient(i, total) for i in range(len(self.layout.segments))]  # ∇L
+        if self.clip_norm is not None:
+            scale = self._clip_scale(gradients, self.clip_norm)
+            gradients = [gradient * gradient.dtype.type(scale) for gradient in gradients]
+        for i, gradient in enumerate(gradients):
+            self._update(i, gradient)  # w ← w − η ∇L
+
+    def _mean_gradient(self, i: int, total: int) -> np.ndarray:
+        """Σ n_i ∇L_i / Σ n_i of one parameter, flat. Direct: everybody's, added in order of rank."""
+        parameter = self.layout.segments[i].parameter
+        own = np.zeros(parameter.shape, parameter.dtype) if parameter.grad is None else parameter.grad.numpy()
+        gradient = own.reshape(-1).copy()
+        sent, received = self.comm.traffic.bytes_sent, self.comm.traffic.bytes_received
+        self.comm.all_reduce(gradient, algorithm="direct")
+        self._exchanged.add(self.comm.traffic.bytes_sent - sent, self.comm.traffic.bytes_received - received)
+        gradient = gradient / gradient.dtype.type(total)
+        if self.check_finite and not np.isfinite(gradient).all():
+            self._raise_non_finite(i, own)
+        return gradient
+
+    def _update(self, i: int, gradient: np.ndarray) -> None:
+        segment, state = self.layout.segments[i], self._state[i]
+        w = segment.parameter.data.reshape(-1)
+        group = self.optimizer.group_of(segment.parameter)
+        hyper = self.optimizer.hyper(group, self.updates)
+        scratch = tuple(np.empty_like(w) for _ in range(self.optimizer.scratch))
+        self.optimizer.update(
+            w, gradient, state, w, state, lr=hyper["lr"], t=self.updates, hyper=hyper, scratch=scratch
+        )
+
+    def _clip_scale(self, gradients: list[np.ndarray], clip_norm: float) -> float:
+        flat = np.zeros(self.layout.size, self.layout.dtype)
+        for view, gradient in zip(self.layout.views(flat), gradients):
+            view.reshape(-1)[...] = gradient
+        cuts = pieces(self.layout, 0, self.layout.size)
+        squares = np.zeros(len(cuts))
+        norms.add_squares(squares, cuts, flat, 0, self.layout.size)
+        return norms.clip_scale(squares, clip_norm)
+
+    def _raise_non_finite(self, i: int, own: np.ndarray) -> None:
+        """All ranks see the same sum, so all come here."""
+        found = [float(x) for x in own.reshape(-1) if not np.isfinite(x)][:1]
+        for rank, values in enumerate(self.comm.all_gather_object(found)):
+            if values:
+                raise NonFiniteGradient(self.layout.segments[i].name, rank, self.updates, values[0])
+        raise NonFiniteGradient(self.layout.segments[i].name, -1, self.updates, float("inf"))

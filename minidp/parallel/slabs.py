@@ -1,0 +1,67 @@
+"""Parameters, gradients and optimizer state as flat slabs in memory that all ranks share.
+
+One copy of w and of the state serves all ranks, in two buffers each: a step reads the one and writes the other,
+and the flip after the last barrier commits it. A rank that is killed at any moment leaves the last committed
+step whole. Each rank has a gradient slab of its own, which the others read.
+
+Memory, Ψ elements, all ranks together: 2Ψ for w, 2Ψ for each slot of the state, NΨ for gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minidp.comm import Communicator
+from minidp.nn import Layout
+
+Flat = npt.NDArray[Any]
+
+
+class Slabs:
+    """The slabs of one strategy, made collectively.
+
+    Attributes:
+        params: the two buffers of w, shape (size,), the layout's dtype.
+        grads: every rank's gradient slab, in rank order.
+        state: for each slot of the optimizer its two buffers.
+        current: which buffer holds the committed step.
+    """
+
+    def __init__(self, layout: Layout, slots: tuple[str, ...], comm: Communicator) -> None:
+        self.layout = layout
+        dtype, size = np.dtype(layout.dtype), layout.size
+        buffers = 2 + 2 * len(slots)
+        # One allocation, with rank 0's share holding what there is one of: a peer's share is its gradients.
+        common = buffers * layout.nbytes if comm.rank == 0 else 0
+        views = comm.allocate(common + layout.nbytes)
+        shared = views[0][: buffers * layout.nbytes].view(dtype).reshape(buffers, size)
+        self.grads: list[Flat] = [view[len(view) - layout.nbytes :].view(dtype) for view in views]
+        self.params: tuple[Flat, Flat] = (shared[0], shared[1])
+        self.state: dict[str, tuple[Flat, Flat]] = {
+            slot: (shared[2 + 2 * i], shared[3 + 2 * i]) for i, slot in enumerate(slots)
+        }
+        self.current = 0
+        self._views = tuple(layout.views(_read_only(buffer)) for buffer in self.params)
+
+    def publish(self, rank: int) -> None:
+        """Rank 0 writes the parameters' present values to the buffer that comes next; others do nothing."""
+        if rank == 0:
+            self.layout.pack(self.params[1 - self.current])
+
+    def bind_grads(self, rank: int) -> None:
+        """Let backward write its gradients straight into this rank's slab."""
+        self.layout.point_grads(self.layout.views(self.grads[rank]))
+
+    def flip(self) -> None:
+        """Commit: the other buffer is w from now on, and the model's parameters are read-only views of it."""
+        self.current = 1 - self.current
+        self.layout.point(self._views[self.current])
+
+
+def _read_only(flat: Flat) -> Flat:
+    view = flat.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,252 @@
+"""What all strategies have in common: the life of one step, from the first backward to the update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minidp import trace
+from minidp.autograd import Tensor
+from minidp.comm import CollectiveMismatch, Communicator, Traffic
+from minidp.nn import Layout, Module, dropout_scope
+from minidp.optim import Optimizer
+
+StateDict = dict[str, np.ndarray]
+
+
+class Strategy(ABC):
+    """Trains ``model`` together with the other ranks of ``comm``. Built by all ranks; collective.
+
+    The loop is the same for every strategy::
+
+        for x, y in loader.epoch(epoch):
+            loss = strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
+
+    Guarantees: after construction every rank holds rank 0's parameters and buffers, whatever it was built
+    with. One ``step`` is one update. After an exception in forward or backward, ``step`` raises until
+    ``discard`` is called.
+
+    Raises:
+        CollectiveMismatch: the ranks' models or optimizers differ.
+        ValueError: the model belongs to another strategy, or the optimizer's parameters are not the model's.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        comm: Communicator,
+        accumulation_steps: int = 1,
+        clip_norm: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps={accumulation_steps}: at least one backward makes a step")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm={clip_norm}: give a positive norm, or None for no clipping")
+        self.model, self.optimizer = model, optimizer
+        self.accumulation_steps, self.clip_norm, self.check_finite = accumulation_steps, clip_norm, check_finite
+        self.layout = Layout(model)
+        _check_free(model)
+        _check_parameters(model, optimizer)
+        # A duplicate, so that the user's own collectives can't come between ours.
+        self.comm = comm.duplicate(type(self).__name__)
+        self._agree()
+        self.updates = 0
+        self._exchanged = Traffic()
+        self._backwards = 0
+        self._samples = 0
+        self._poison: BaseException | None = None
+
+    # -- the loop --------------------------------------------------------------------------------------
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(index, count) on the data-parallel axis: what a DataLoader needs to give this rank its share."""
+        return self.comm.rank, self.comm.world_size
+
+    def forward_backward(self, x: Any, y: Any, loss_fn: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """The loss of this rank's batch, and its gradient ∇L_i, weighted with its number of samples.
+
+        Args:
+            x, y: inputs and targets, arrays with the same length along axis 0 (0 is allowed).
+            loss_fn: ``loss_fn(model(x), y)`` is a mean over the batch.
+
+        Returns: the loss on this rank, shape (), without a graph. Sent: nothing.
+        """
+        self._check_backward()
+        try:
+            with dropout_scope(seed=0, update=self.updates, rank=self.comm.rank), trace.span("forward", "compute"):
+                loss = loss_fn(self.model(x), y)
+        except BaseException as error:
+            self._poison = error
+            raise
+        self.backward(loss, samples=len(x))
+        return loss.detach()
+
+    def backward(self, loss: Tensor, samples: int) -> None:
+        """Add n_i ∇L_i to this rank's gradients: ``loss`` is a mean over ``samples`` items (tokens, for text).
+
+        May be called ``accumulation_steps`` times before ``step``. With 0 samples it adds zeros.
+        """
+        self._check_backward()
+        if not isinstance(samples, int | np.integer) or samples < 0:
+            raise ValueError(f"samples={samples!r}: the number of items that the loss is a mean over, 0 or more")
+        try:
+            with trace.span("backward", "compute"):
+                if self._backwards == 0:
+                    self._start_gradients()
+                loss.backward(gradient=int(samples))
+        except BaseException as error:
+            self._poison = error
+            raise
+        self._backwards += 1
+        self._samples += int(samples)
+
+    def step(self) -> None:
+        """∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; synchronise. Collective.
+
+        Without a backward this rank takes part with 0 samples. If no rank has any, there is no gradient: the
+        step counts, nothing changes. Afterwards all ranks hold the same parameters, bit for bit.
+
+        Raises: NonFiniteGradient on all ranks (with ``check_finite``), RuntimeError after a failed backward,
+            CommError. The parameters are then those of the last step.
+        """
+        if self._poison is not None:
+            raise RuntimeError(
+                f"a forward or backward of this step failed ({type(self._poison).__name__}: {self._poison}), so "
+                "its gradients are incomplete: call strategy.discard(), then go on with the next batch"
+            ) from self._poison
+        if self._backwards == 0:
+            self._start_gradients()
+        try:
+            self._reduce_and_update(self._samples)
+        except FloatingPointError as error:
+            self._poison = error
+            raise
+        self.updates += 1
+        self._backwards = self._samples = 0
+        self.comm.progress(self.updates)
+
+    def discard(self) -> None:
+        """Forget the gradients of the step that has begun, and a failure in it. Not collective."""
+        self._poison = None
+        self._backwards = self._samples = 0
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """The full model, dotted names to host arrays, on every rank. Collective: waits for all ranks."""
+        self.comm.barrier()
+        return self.model.state_dict()
+
+    @abstractmethod
+    def load_state_dict(self, state: StateDict) -> None:
+        """Give every rank the parameters and buffers that rank 0 was given. Collective."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Counts since construction: steps; bytes of gradients and parameters that this rank sent and received
+        (``comm.traffic`` has all, the few bytes of n_i among them); staleness, 0 in a synchronous strategy."""
+        return {
+            "steps": self.updates,
+            "bytes_sent": self._exchanged.bytes_sent,
+            "bytes_received": self._exchanged.bytes_received,
+            "staleness_mean": 0.0,
+            "staleness_max": 0.0,
+        }
+
+    # -- for subclasses --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _start_gradients(self) -> None:
+        """Make ready for the first gradient of a step, which is stored, not added."""
+
+    @abstractmethod
+    def _reduce_and_update(self, samples: int) -> None:
+        """Average over ranks and update; all ranks or none."""
+
+    def _broadcast_rest(self) -> None:
+        """Rank 0's buffers and frozen parameters to everybody: what the layout leaves outside."""
+        inside = {id(segment.parameter) for segment in self.layout.segments}
+        for parameter in self.model.parameters():
+            if id(parameter) not in inside:
+                self.comm.broadcast(parameter.data, 0)
+        for buffer in self.model.buffers():
+            self.comm.broadcast(buffer, 0)
+
+    def _checked_everywhere(self, state: StateDict) -> StateDict:
+        """Rank 0's ``state`` on every rank, after every rank has found that it fits; else ValueError on all."""
+        state = self.comm.broadcast_object(state, 0)
+        own = self.model.state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [
+            f"{name} has shape {np.shape(state[name])}, the model's {own[name].shape}"
+            for name in sorted(own.keys() & state.keys())
+            if np.shape(state[name]) != own[name].shape
+        ]
+        if missing or unknown or shapes:
+            problems = [f"missing: {', '.join(missing)}"] * bool(missing)
+            problems += [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+            raise ValueError(f"this state does not fit the model: {'; '.join(problems + shapes)}")
+        return state
+
+    def _check_backward(self) -> None:
+        if self._poison is not None:
+            raise RuntimeError(
+                "an earlier forward or backward of this step failed: call strategy.discard() first"
+            ) from self._poison
+        if self._backwards == self.accumulation_steps:
+            raise RuntimeError(
+                f"backward was called {self._backwards + 1} times before step(): give the strategy "
+                f"accumulation_steps={self._backwards + 1} if the gradients shall add up, or call step()"
+            )
+
+    def _agree(self) -> None:
+        """See that all ranks have built the same model and optimizer."""
+        mine = (self.layout.describe(), repr(self.optimizer), self.accumulation_steps, self.clip_norm)
+        everybody = self.comm.all_gather_object(mine)
+        for rank, theirs in enumerate(everybody):
+            if theirs != everybody[0]:
+                raise CollectiveMismatch(
+                    f"rank {rank} has built another {type(self).__name__} than rank 0: "
+                    f"{_difference(everybody[0], theirs)}. All ranks must build the same model and optimizer"
+                )
+
+
+def _difference(a: Any, b: Any) -> str:
+    """The first place where two descriptions (nested tuples) differ."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return next(_difference(x, y) for x, y in zip(a, b) if x != y)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return f"{len(b)} parameters instead of {len(a)}: {b} instead of {a}"
+    return f"{b} instead of {a}"
+
+
+def _check_free(model: Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter._grad_slot is not None:
+            raise ValueError(
+                f"the model belongs to another strategy already (its parameter {name!r} lies in that one's "
+                "memory): build one strategy a model, or call release() on the other one first"
+            )
+
+
+def _check_parameters(model: Module, optimizer: Optimizer) -> None:
+    """The optimizer must hold exactly the model's trainable parameters."""
+    held = {id(p) for group in optimizer.groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lacking:
+        raise ValueError(
+            f"the optimizer lacks the parameters {', '.join(lacking)}: give it model.parameters(), or freeze "
+            "them by requires_grad=False"
+        )
+    if any(identity not in names for identity in held):
+        raise ValueError(
+            "the optimizer holds a parameter that is not the model's: build it from this model's parameters()"
+        )
