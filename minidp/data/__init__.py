@@ -1,0 +1,19 @@
+"""Datasets, sharding and the loader: D → D_1 … D_N. Knows of shards (index, count), never of ranks."""
+
+from minidp.data.dataset import ArrayDataset, Dataset, collate
+from minidp.data.digits import load_digits
+from minidp.data.loader import DataLoader
+from minidp.data.sharding import block, cut, epoch_order, halve, proportional
+
+__all__ = [
+    "ArrayDataset",
+    "DataLoader",
+    "Dataset",
+    "block",
+    "collate",
+    "cut",
+    "epoch_order",
+    "halve",
+    "load_digits",
+    "proportional",
+]

@@ -1,0 +1,49 @@
+"""Real handwritten digits, small enough to travel inside the package (see digits.LICENSE.txt)."""
+
+from __future__ import annotations
+
+from importlib import import_module, resources
+from pathlib import Path
+
+import numpy as np
+
+from minidp import backend
+from minidp.data.dataset import ArrayDataset
+from minidp.data.sharding import proportional
+
+TEST_SAMPLES = 360
+
+
+def load_digits() -> tuple[ArrayDataset, ArrayDataset]:
+    """The 1797 8 × 8 digits of the UCI set "Optical Recognition of Handwritten Digits": (train, test).
+
+    x: float32 in [0, 1], shape (1437, 64) and (360, 64). y: int64, 0 to 9, shape (1437,) and (360,).
+
+    The split is fixed: a random sample, stratified by class and seeded. It is not writer-disjoint: both
+    parts come from the same 13 writers, so test accuracy is that for known hands, higher than for new ones.
+    """
+    with resources.files("minidp.data").joinpath("digits.npz").open("rb") as file, np.load(file) as stored:
+        images, labels, in_test = stored["images"], stored["labels"], stored["in_test"]
+    x = images.astype(np.float32) / np.float32(16)
+    y = labels.astype(np.int64)
+    return ArrayDataset(x[~in_test], y[~in_test]), ArrayDataset(x[in_test], y[in_test])
+
+
+def stratified_split(labels: np.ndarray, test_samples: int, seed: int = 0) -> np.ndarray:
+    """Mask (n,) of a random test set: each class in proportion to its size, drawn without replacement."""
+    classes, counts = np.unique(labels, return_counts=True)
+    in_test = np.zeros(len(labels), bool)
+    for label, size in zip(classes.tolist(), proportional(test_samples, counts.tolist())):
+        members = np.flatnonzero(labels == label)
+        in_test[backend.generator(seed, "stratified split", label).permutation(members)[:size]] = True
+    return in_test
+
+
+def export(path: Path) -> None:
+    """Write digits.npz anew, as it was made once: from scikit-learn's copy of the data, not needed otherwise.
+
+    images: uint8 (1797, 64) in 0 … 16; labels: uint8 (1797,); in_test: bool (1797,).
+    """
+    bunch = import_module("sklearn.datasets").load_digits()
+    images, labels = bunch.data.astype(np.uint8), bunch.target.astype(np.uint8)
+    np.savez_compressed(path, images=images, labels=labels, in_test=stratified_split(labels, TEST_SAMPLES))
