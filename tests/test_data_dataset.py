@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_the_split_is_the_one_that_the_code_describes():
     train, test = data.load_digits()
     labels = np.empty(1797, np.uint8)
     mask = np.zeros(1797, bool)
-    with np.load(digits.resources.files("minidp.data").joinpath("digits.npz")) as stored:
+    with np.load(digits.PATH) as stored:
         labels[:], mask[:] = stored["labels"], stored["in_test"]
     np.testing.assert_array_equal(digits.stratified_split(labels, digits.TEST_SAMPLES), mask)
     np.testing.assert_array_equal(labels[mask], test.arrays[1])
@@ -154,11 +155,9 @@ def test_the_split_is_the_one_that_the_code_describes():
 def test_the_digits_are_scikit_learns(tmp_path):
     pytest.importorskip("sklearn")
     bunch = import_module("sklearn.datasets").load_digits()
-    digits.export(tmp_path / "digits.npz")
-    with (
-        np.load(tmp_path / "digits.npz") as made,
-        np.load(digits.resources.files("minidp.data").joinpath("digits.npz")) as stored,
-    ):
+    made_now = str(tmp_path / "digits.npz")
+    digits.export(made_now)
+    with np.load(made_now) as made, np.load(digits.PATH) as stored:
         assert made.files == stored.files == ["images", "labels", "in_test"]
         for name in stored.files:
             np.testing.assert_array_equal(made[name], stored[name])
@@ -166,6 +165,6 @@ def test_the_digits_are_scikit_learns(tmp_path):
 
 
 def test_source_and_licence_travel_with_the_digits():
-    text = digits.resources.files("minidp.data").joinpath("digits.LICENSE.txt").read_text(encoding="utf-8")
+    text = Path(digits.PATH).with_name("digits.LICENSE.txt").read_text(encoding="utf-8")
     assert "Alpaydin" in text
     assert "CC BY 4.0" in text
