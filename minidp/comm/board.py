@@ -55,6 +55,10 @@ class Board:
         size = round_up(_HEAD + _RECORD * world_size, PAGE)
         arena.reserve(arena.take(arena.regions - 1, size), size)
 
+    def close(self) -> None:
+        """Unmap the board now: an exception that is kept alive keeps its frames, and the board in them, alive."""
+        del self._head, self._records, self._view
+
     # -- the head: the parent aborts, a rank that sees a deadlock says so -------------------------------
 
     def abort(self, rank: int, reason: str) -> None:
@@ -71,13 +75,13 @@ class Board:
         return self._head[_ABORT_RANK], self._read(_ABORT_TEXT, self._head[_ABORT_LEN])
 
     def condemn(self, verdict: str) -> None:
-        """Tell all ranks that some of them wait for each other in a circle."""
+        """Tell all ranks that some of them wait for what can't come. The first verdict stays."""
         if not self._head[_VERDICT]:
             self._head[_VERDICT_LEN] = self._write(_VERDICT_TEXT, verdict, _HEAD_TEXT)
             self._head[_VERDICT] = 1
 
     def verdict(self) -> str | None:
-        """What a rank found out about a deadlock, or None."""
+        """What a rank found out about waits that can't end, or None."""
         if not self._head[_VERDICT]:
             return None
         return self._read(_VERDICT_TEXT, self._head[_VERDICT_LEN])
@@ -135,6 +139,11 @@ class Board:
         """(steps done, steps in all or 0 if not known, note)."""
         record = self._records[rank]
         return record[_DONE], record[_TOTAL], self._read(_HEAD + _RECORD * rank + _NOTE, record[_NOTE_LEN])
+
+    def all_wait_or_returned(self) -> bool:
+        """Nobody computes."""
+        ranks = range(self.world_size)
+        return all(self.state(rank) == RETURNED or self.waiting(rank) is not None for rank in ranks)
 
     def where_all_are(self) -> str:
         """One sentence: ``rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412``."""

@@ -19,6 +19,7 @@ from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed
 from minidp.comm.word import SLEEP_S, Word
 
 LOOK_S = 0.05  # between two looks for circles and returned ranks
+SETTLE_S = 0.25  # for the others to arrive, before a rank's early return is reported
 
 
 class Watch:
@@ -120,11 +121,14 @@ class Vigil:
         me, owner = self.watch.rank, self.wait.owner
         peers = [rank for rank in range(board.world_size) if rank != me] if owner == NOBODY else [owner]
         if all(board.state(peer) == RETURNED for peer in peers) and not self._arrived():
-            time.sleep(10 * SLEEP_S)  # so that those who wait as well are on the board
-            raise CollectiveMismatch(
+            settled = time.monotonic() + SETTLE_S
+            while time.monotonic() < settled and board.verdict() is None and not board.all_wait_or_returned():
+                time.sleep(SLEEP_S)  # so that those who are about to wait as well are named too
+            board.condemn(
                 f"{board.where_all_are()}. A rank that returns must leave nobody waiting: all ranks must call "
                 "the same operations in the same order"
             )
+            raise CollectiveMismatch(board.verdict())  # of who came first: all say the same
 
     def _circle(self, board: Board) -> tuple[tuple[int, int], ...] | None:
         """The waits that lead from this rank back to it, as (rank, serial), or None.

@@ -87,6 +87,7 @@ def spawn(
                 each.lifeline.close()
             for each in workers:
                 each.end()
+            board.close()
             arena.close()
 
 

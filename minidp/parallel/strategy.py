@@ -218,13 +218,15 @@ class Strategy(ABC):
                 )
 
 
-def _difference(a: Any, b: Any) -> str:
-    """The first place where two descriptions (nested tuples) differ."""
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return next(_difference(x, y) for x, y in zip(a, b) if x != y)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return f"{len(b)} parameters instead of {len(a)}: {b} instead of {a}"
-    return f"{b} instead of {a}"
+def _difference(reference: tuple[Any, ...], other: tuple[Any, ...]) -> str:
+    """In words, the first thing in which two ranks' descriptions differ."""
+    parameters, *rest = zip(reference, other)
+    for want, found in zip(*parameters):
+        if want != found:
+            return "{} {} {} instead of {} {} {}".format(*found, *want)
+    if len(parameters[0]) != len(parameters[1]):
+        return f"{len(parameters[1])} trainable parameters instead of {len(parameters[0])}"
+    return next(f"{found} instead of {want}" for want, found in rest if want != found)
 
 
 def _check_free(model: Module) -> None:
