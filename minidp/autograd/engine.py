@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from minidp.backend import Array, array_types, asarray, current_meter
@@ -84,6 +85,8 @@ def _seed(root: Tensor, gradient: Any) -> Array:
             f"backward() of a tensor of shape {data.shape}: only a scalar has one gradient; "
             "sum() it first, or give backward(gradient) an array of that shape"
         )
+    if data.dtype == object:
+        gradient = Fraction(gradient)  # an int would turn into a float at the first division
     return xp.asarray(gradient, dtype=data.dtype).reshape(data.shape)
 
 
