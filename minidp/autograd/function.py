@@ -72,8 +72,8 @@ class Function:
             needs.append(is_tensor and x.requires_grad)
         record = True in needs and grad_enabled.get()
         fn.needs = needs if record else [False] * len(needs)
-        first = arrays[0] if hasattr(arrays[0], "shape") else arrays[1]  # in 2 / x the array comes second
-        xp = fn.xp = array_module(first)
+        number_first = len(arrays) > 1 and not hasattr(arrays[0], "shape")  # as in 2 / x
+        xp = fn.xp = array_module(arrays[number_first])
         data = fn.forward(*arrays, **options)
         if type(data) not in array_types:  # a full reduction gives NumPy's scalar, or a lone Fraction
             data = xp.asarray(data)
@@ -104,6 +104,8 @@ class Function:
     def fit(self, k: int, grad: Array) -> Array:
         """Undo the broadcasting of input `k`: sum `grad`, of the output's shape, to the input's shape."""
         assert self.inputs is not None
+        if type(grad) not in array_types:  # the product of two 0-d arrays is a scalar
+            grad = self.xp.asarray(grad)
         return unbroadcast(grad, self.inputs[k].data.shape)
 
 

@@ -190,7 +190,7 @@ class Mean(Function):
         shape, axis = self.saved
         kept = _kept(shape, axis)
         count = math.prod(n for n, k in zip(shape, kept) if k == 1)
-        return self.xp.broadcast_to((grad / max(count, 1)).reshape(kept), shape)
+        return self.xp.broadcast_to(grad.reshape(kept) / max(count, 1), shape)
 
 
 class Max(Function):

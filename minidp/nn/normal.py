@@ -23,11 +23,10 @@ def normal_cdf(x: Array, xp: Any) -> tuple[Array, Array]:
     """
     t_min = 1 / (1 + Z_MAX / 2)
     coefficients = _scaled_tail(DEGREE[x.dtype.itemsize])
-    t = xp.abs(x)
-    xp.minimum(t, Z_MAX * math.sqrt(2), out=t)
+    t = xp.minimum(xp.abs(x), Z_MAX * math.sqrt(2))
     t *= math.sqrt(0.5) / 2
     t += 1
-    xp.reciprocal(t, out=t)
+    t = 1 / t
     t *= 2 / (1 - t_min)
     t -= (1 + t_min) / (1 - t_min)  # from [t_min, 1] to [−1, 1]
     tail = t * coefficients[-1]
@@ -37,7 +36,7 @@ def normal_cdf(x: Array, xp: Any) -> tuple[Array, Array]:
         tail += c
     density = x * x
     density *= -0.5
-    xp.exp(density, out=density)
+    density = xp.exp(density)
     tail *= density
     tail *= 0.5
     cdf = xp.where(x < 0, tail, 1 - tail)

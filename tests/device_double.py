@@ -1,0 +1,229 @@
+"""A device without a device: an array type that refuses to mix with NumPy exactly as CuPy's does.
+
+`DeviceArray` is no subclass of numpy.ndarray. NumPy's functions and operators, conversions and assignments
+between the two raise TypeError; only `asnumpy` and `asarray` cross. Full reductions stay on the "device" as
+0-d arrays, and each read of a scalar (`item`, `float`, `bool` …), which would make a GPU wait, is counted.
+The module `xp` offers what NumPy and CuPy share and nothing more: a ufunc takes `out` and `dtype`, no `order`.
+Everything is computed by NumPy underneath, so results are equal to NumPy's to the bit.
+"""
+
+from __future__ import annotations
+
+import operator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from minidp.backend import register_array_type
+
+scalar_reads = 0
+
+
+def read_scalar(array: DeviceArray) -> Any:
+    global scalar_reads
+    scalar_reads += 1
+    return array._host.item()
+
+
+class Flags:
+    """CuPy's flags: no `writeable` among them."""
+
+    def __init__(self, flags: Any) -> None:
+        self.c_contiguous, self.f_contiguous = flags.c_contiguous, flags.f_contiguous
+
+
+class DeviceArray:
+    __array_priority__ = 100  # as cupy.ndarray
+    __hash__ = None
+
+    def __init__(self, host: np.ndarray) -> None:
+        assert type(host) is np.ndarray
+        self._host = host
+
+    shape = property(lambda self: self._host.shape)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    nbytes = property(lambda self: self._host.nbytes)
+    flags = property(lambda self: Flags(self._host.flags))
+    T = property(lambda self: wrap(self._host.T))
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __array_ufunc__(self, ufunc: Any, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"numpy.{ufunc.__name__} was called on a device array")
+
+    def __array_function__(self, function: Any, *args: Any) -> Any:
+        raise TypeError(f"numpy.{function.__name__} was called on a device array")
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Any) -> DeviceArray:
+        return wrap(self._host[unwrap_index(index)])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._host[unwrap_index(index)] = unwrap(value)
+
+    def item(self) -> Any:
+        return read_scalar(self)
+
+    def __float__(self) -> float:
+        return float(read_scalar(self))
+
+    def __int__(self) -> int:
+        return int(read_scalar(self))
+
+    def __bool__(self) -> bool:
+        return bool(read_scalar(self))
+
+    def get(self) -> np.ndarray:
+        return self._host.copy()
+
+
+def wrap(host: Any) -> DeviceArray:
+    return DeviceArray(np.asarray(host))  # a full reduction stays an array, of 0 dimensions
+
+
+def unwrap(value: Any) -> Any:
+    """The host data of a device array; numbers and NumPy scalars pass; arrays of NumPy are refused."""
+    if isinstance(value, DeviceArray):
+        return value._host
+    if isinstance(value, np.ndarray | list | tuple) or hasattr(value, "requires_grad"):
+        raise TypeError(f"Unsupported type {type(value)}")
+    return value
+
+
+def unwrap_index(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(unwrap_index(i) for i in index)
+    if isinstance(index, np.ndarray):
+        raise TypeError("a device array was indexed by a NumPy array")
+    return index._host if isinstance(index, DeviceArray) else index
+
+
+def _operator(name: str) -> Any:
+    function = getattr(operator, name)
+
+    def forward(self: DeviceArray, other: Any) -> Any:
+        if isinstance(other, DeviceArray | int | float | np.generic):
+            return wrap(function(self._host, unwrap(other)))
+        if getattr(other, "__array_priority__", 0) > 100:
+            return NotImplemented  # as CuPy leaves it to the other's __radd__
+        raise TypeError(f"Unsupported type {type(other)}")
+
+    def reflected(self: DeviceArray, other: Any) -> Any:
+        return wrap(function(unwrap(other), self._host))
+
+    def in_place(self: DeviceArray, other: Any) -> Any:
+        getattr(operator, "i" + name, function)(self._host, unwrap(other))
+        return self
+
+    return forward, reflected, in_place
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod"):
+    _forward, _reflected, _in_place = _operator(_name)
+    setattr(DeviceArray, f"__{_name}__", _forward)
+    setattr(DeviceArray, f"__r{_name}__", _reflected)
+    setattr(DeviceArray, f"__i{_name}__", _in_place)
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(DeviceArray, f"__{_name}__", _operator(_name)[0])
+for _name in ("or_", "and_"):
+    setattr(DeviceArray, f"__{_name.strip('_')}__", _operator(_name)[0])
+for _name in ("neg", "abs", "invert"):
+    setattr(DeviceArray, f"__{_name}__", lambda self, f=getattr(operator, _name): wrap(f(self._host)))
+
+
+def _method(name: str, allowed: tuple[str, ...]) -> Any:
+    def method(self: DeviceArray, *args: Any, **kwargs: Any) -> DeviceArray:
+        assert set(kwargs) <= set(allowed), f"CuPy's ndarray.{name} takes no {set(kwargs) - set(allowed)}"
+        args = tuple(a._host if isinstance(a, DeviceArray) else a for a in args)
+        out = kwargs.get("out")
+        if out is not None:
+            kwargs["out"] = unwrap(out)
+        result = getattr(self._host, name)(*args, **kwargs)
+        return out if out is not None else wrap(result)
+
+    return method
+
+
+_METHODS = {
+    "sum": ("axis", "dtype", "out", "keepdims"),
+    "mean": ("axis", "dtype", "out", "keepdims"),
+    "max": ("axis", "out", "keepdims"),
+    "min": ("axis", "out", "keepdims"),
+    "any": ("axis", "out", "keepdims"),
+    "all": ("axis", "out", "keepdims"),
+    "argmax": ("axis", "out", "keepdims"),
+    "astype": ("dtype", "copy"),
+    "reshape": (),
+    "transpose": (),
+    "swapaxes": (),
+    "ravel": (),
+    "take": ("axis", "out"),
+    "copy": (),
+}
+for _name, _allowed in _METHODS.items():
+    setattr(DeviceArray, _name, _method(_name, _allowed))
+
+
+class Ufunc:
+    """An elementwise function: arrays of the device and numbers in, `out` and `dtype` as only options."""
+
+    def __init__(self, ufunc: Any) -> None:
+        self.ufunc = ufunc
+
+    def __call__(self, *args: Any, out: Any = None, dtype: Any = None) -> DeviceArray:
+        assert any(isinstance(a, DeviceArray) for a in args), "no device array among the arguments"
+        options = {} if dtype is None else {"dtype": dtype}
+        if out is not None:
+            assert isinstance(out, DeviceArray), "out must be a device array"
+            options["out"] = out._host
+        result = self.ufunc(*(unwrap(a) for a in args), **options)
+        return out if out is not None else wrap(result)
+
+    def at(self, array: DeviceArray, index: Any, value: Any) -> None:
+        self.ufunc.at(array._host, unwrap_index(index), unwrap(value))
+
+
+def asarray(x: Any, dtype: Any = None) -> DeviceArray:
+    """From the host (a copy, as a transfer is one) or the device."""
+    if isinstance(x, DeviceArray):
+        return x if dtype is None or x.dtype == dtype else x.astype(dtype)
+    return DeviceArray(np.array(x, dtype=dtype))
+
+
+def _like(function: Any) -> Any:
+    return lambda x, dtype=None: wrap(function(x._host, dtype=dtype))
+
+
+def _made(function: Any) -> Any:
+    return lambda *args, **kwargs: wrap(function(*args, **kwargs))
+
+
+_UFUNCS = (
+    "add subtract multiply divide negative exp log sqrt tanh maximum minimum reciprocal matmul greater isfinite"
+).split()
+xp = SimpleNamespace(
+    __name__="device_double",
+    ndarray=DeviceArray,
+    asarray=asarray,
+    array=lambda x, copy=True: asarray(x).copy() if isinstance(x, DeviceArray) else asarray(x),
+    asnumpy=lambda x: x.get(),
+    synchronize=lambda: None,
+    abs=Ufunc(np.absolute),
+    where=lambda c, a, b: wrap(np.where(unwrap(c), unwrap(a), unwrap(b))),
+    broadcast_to=lambda x, shape: wrap(np.broadcast_to(x._host, shape)),
+    zeros_like=_like(np.zeros_like),
+    empty_like=_like(np.empty_like),
+    **{name: _made(getattr(np, name)) for name in ("zeros", "ones", "empty", "full", "arange")},
+    **{name: Ufunc(getattr(np, name)) for name in _UFUNCS},
+)
+
+register_array_type(DeviceArray, xp)

@@ -1,0 +1,106 @@
+"""The floor: array modules, moves, the tree of random generators, the meter."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minidp import backend, nn
+from minidp.autograd import Tensor
+from minidp.nn import functional as F
+
+
+def test_array_module_of_numpy_and_of_what_is_no_array():
+    class Sub(np.ndarray):
+        pass
+
+    assert backend.array_module(np.ones(3)) is np
+    assert backend.array_module(np.float32(3)) is np
+    assert backend.array_module(np.ones(3).view(Sub)) is np
+    for thing in ([1.0], 1.0, None, "array"):
+        with pytest.raises(TypeError, match=type(thing).__name__):
+            backend.array_module(thing)
+
+
+def test_moves_on_the_host_copy_nothing():
+    x = np.ones(3)
+    assert backend.to_numpy(x) is x
+    assert backend.asarray(x, np) is x
+    assert backend.asarray(x, np, np.float32).dtype == np.float32
+    assert backend.asarray([1, 2], np).tolist() == [1, 2]
+    backend.synchronize(np)
+
+
+def test_importing_the_engine_does_not_import_cupy_or_torch():
+    code = "import sys, minidp.optim; sys.exit(any(m in sys.modules for m in ('cupy', 'torch', 'safetensors')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.floats(-(2.0**99), 2.0**99, width=32), st.integers(1, 1 << 15))
+def test_divide_has_the_bits_of_division(x, n):
+    array = np.array([x, 1e-40, 3.4e38, np.inf], np.float32)
+    out = np.empty_like(array)
+    assert backend.divide(array, n, out) is out
+    assert out.tobytes() == (array / n).tobytes()
+
+
+def test_generator_is_a_function_of_its_key():
+    def draw(*key):
+        return backend.generator(*key).random(4).tolist()
+
+    assert draw(0, "init", "0.weight") == draw(0, "init", "0.weight")
+    keys = [(0,), (1,), (0, 0), (0, 0, 0), (0, "init"), (0, "init", 0), (0, 1, "init"), (0, "init", "0.bias")]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+def test_generator_is_the_same_in_every_process_and_leaves_the_global_one_alone():
+    np.random.seed(7)
+    state = np.random.get_state()[1].tolist()
+    code = "from minidp import backend; print(backend.generator(3, 'init', 'a.b').integers(1 << 60))"
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(other) == backend.generator(3, "init", "a.b").integers(1 << 60)
+    nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))(np.ones((2, 3)))
+    assert np.random.get_state()[1].tolist() == state
+
+
+def test_meter_counts_operations_and_flops_each_way():
+    x, w, b = np.ones((5, 3)), np.ones((7, 3)), np.ones(7)
+    W, B = Tensor(w, requires_grad=True), Tensor(b, requires_grad=True)
+    with backend.meter() as m:
+        y = F.linear(x, W, B)
+    assert (m.operations, m.flops) == (1, 2 * 5 * 3 * 7 + 35)
+    with backend.meter() as m:
+        y.backward(np.ones((5, 7)))
+    assert (m.operations, m.flops) == (1, 2 * 5 * 3 * 7 + 35)  # dW and db, no dx
+    with backend.meter() as m:
+        y = F.linear(Tensor(x, requires_grad=True), W, B)
+        y.backward(np.ones((5, 7)))
+    assert (m.operations, m.flops) == (2, 3 * 2 * 5 * 3 * 7 + 70)
+    with backend.meter() as m:
+        (Tensor(w, requires_grad=True) @ np.ones((3, 2))).sum()
+    assert m.operations == 2
+    assert m.flops == 2 * 7 * 3 * 2 + 14
+
+
+def test_meters_nest_and_end_with_their_block():
+    assert backend.current_meter() is None
+    with backend.meter() as outer:
+        backend.count(1)
+        with contextlib.suppress(KeyError), backend.meter() as inner:
+            backend.count(10)
+            raise KeyError
+        assert backend.current_meter() is outer
+        backend.count(100)
+    assert (inner.operations, inner.flops) == (1, 10)
+    assert (outer.operations, outer.flops) == (3, 111)
+    assert backend.current_meter() is None
+    backend.count(5)
+    assert outer.flops == 111
+    assert repr(inner) == "Meter(operations=1, flops=10)"
