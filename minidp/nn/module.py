@@ -22,6 +22,7 @@ class Module:
     """
 
     training: bool = True
+    init_seed: int = 0  # what `initialize` was called with; a strategy's dropout masks grow from it too
     _path: str = ""  # dotted name of this module in the tree that it was last assigned to
     _buffers: tuple[str, ...] = ()
 
@@ -118,6 +119,7 @@ class Module:
 
         The same seed gives the same model on every rank, in whatever order it was built.
         """
+        self.init_seed = seed
         done: set[int] = set()
         for prefix, module in self._walk():
             for name, parameter in module._own_parameters():

@@ -11,7 +11,7 @@ import numpy as np
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import CollectiveMismatch, Communicator, Traffic
-from minidp.nn import Layout, Module, dropout_scope
+from minidp.nn import DropoutScope, Layout, Module
 from minidp.optim import Optimizer
 
 StateDict = dict[str, np.ndarray]
@@ -61,6 +61,7 @@ class Strategy(ABC):
         self._backwards = 0
         self._samples = 0
         self._poison: BaseException | None = None
+        self._scope = self._next_scope()
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ class Strategy(ABC):
         """
         self._check_backward()
         try:
-            with dropout_scope(seed=0, update=self.updates, rank=self.comm.rank), trace.span("forward", "compute"):
+            with self._scope, trace.span("forward", "compute"):
                 loss = loss_fn(self.model(x), y)
         except BaseException as error:
             self._poison = error
@@ -130,6 +131,7 @@ class Strategy(ABC):
             raise
         self.updates += 1
         self._backwards = self._samples = 0
+        self._scope = self._next_scope()
         self.comm.progress(self.updates)
 
     def discard(self) -> None:
@@ -159,6 +161,12 @@ class Strategy(ABC):
             "staleness_mean": 0.0,
             "staleness_max": 0.0,
         }
+
+    def _next_scope(self) -> DropoutScope:
+        """What this rank's dropout masks depend on until the next update, in the caller's forwards as well."""
+        scope = DropoutScope(seed=self._seed, update=self.updates, rank=self.comm.rank)
+        scope.activate()
+        return scope
 
     # -- for subclasses --------------------------------------------------------------------------------
 
@@ -210,6 +218,7 @@ class Strategy(ABC):
         """See that all ranks have built the same model and optimizer."""
         mine = (self.layout.describe(), repr(self.optimizer), self.accumulation_steps, self.clip_norm)
         everybody = self.comm.all_gather_object(mine)
+        self._seed: int = self.comm.broadcast_object(self.model.init_seed, 0)
         for rank, theirs in enumerate(everybody):
             if theirs != everybody[0]:
                 raise CollectiveMismatch(
