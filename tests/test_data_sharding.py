@@ -61,6 +61,7 @@ def test_it_is_the_left_half_that_gets_more():
     assert sharding.halve(5, 2) == [3, 2]
     assert sharding.halve(10, 4) == [3, 2, 3, 2]
     assert sharding.halve(2, 3) == [1, 1, 0]
+    assert sharding.halve(7, 5) == [2, 2, 1, 1, 1]  # three workers on the left, two on the right
     assert sharding.halve(1, 4) == [1, 0, 0, 0]
 
 
