@@ -72,7 +72,7 @@ class NaiveDataParallel(Strategy):
         sent, received = self.comm.traffic.bytes_sent, self.comm.traffic.bytes_received
         self.comm.all_reduce(gradient, algorithm="direct")
         self._exchanged.add(self.comm.traffic.bytes_sent - sent, self.comm.traffic.bytes_received - received)
-        gradient = gradient / gradient.dtype.type(total)
+        gradient /= total
         if self.check_finite and not np.isfinite(gradient).all():
             self._raise_non_finite(i, own)
         return gradient

@@ -1,0 +1,1 @@
+"""``python -m minidp.demo``: N workers against one, on real digits."""

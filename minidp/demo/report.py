@@ -1,0 +1,145 @@
+"""What the demo says: before the runs, what will happen; after them, a table and what it means."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from minidp.demo.train import Job, Result, build_model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The demo's figures, as ``--json`` writes them. Times are medians over epochs of all rounds."""
+
+    workers: int
+    cores: int
+    global_batch_size: int
+    epochs: int
+    optimizer: str
+    lr: float
+    strategy: str
+    steps: int
+    steps_per_s_one_worker: float
+    steps_per_s: float
+    speedup_strong: float
+    speedup_weak: float
+    bytes_per_step: float
+    loss_one_worker: float
+    loss: float
+    test_accuracy_one_worker: float
+    test_accuracy: float
+    relative_difference: float
+
+
+def steps_per_s(results: list[Result]) -> float:
+    """Steps a second, by the median epoch."""
+    per_epoch = results[0].steps / len(results[0].epoch_s)
+    return per_epoch / median(s for result in results for s in result.epoch_s)
+
+
+def relative_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """max|Δw| / max|w|."""
+    return float(max(np.abs(a[k] - b[k]).max() for k in a) / max(np.abs(a[k]).max() for k in a))
+
+
+def outcome(job: Job, workers: int, cores: int, one: list[Result], many: list[Result], weak: Result) -> Outcome:
+    single, several = steps_per_s(one), steps_per_s(many)
+    return Outcome(
+        workers=workers,
+        cores=cores,
+        global_batch_size=job.global_batch_size,
+        epochs=job.epochs,
+        optimizer=job.optimizer,
+        lr=job.lr,
+        strategy="NaiveDataParallel" if job.naive else "DataParallel",
+        steps=many[0].steps,
+        steps_per_s_one_worker=single,
+        steps_per_s=several,
+        speedup_strong=several / single,
+        speedup_weak=workers * steps_per_s([weak]) / single,
+        bytes_per_step=many[0].bytes_per_step,
+        loss_one_worker=one[0].loss,
+        loss=many[0].loss,
+        test_accuracy_one_worker=one[0].accuracy,
+        test_accuracy=many[0].accuracy,
+        relative_difference=relative_difference(one[0].state, many[0].state),
+    )
+
+
+def introduce(console: Console, job: Job, workers: int, cores: int) -> None:
+    size = sum(p.size for p in build_model().parameters())
+    shares = " + ".join(f"n_{i}" for i in range(1, min(workers, 3) + 1)) + (" + …" if workers > 3 else "")
+    momentum = ", momentum 0.9" if job.optimizer == "momentum" else ""
+    rule = "w ← w − η ∇L" if job.optimizer in ("sgd", "momentum") else job.optimizer.capitalize()
+    console.print(
+        f"[bold]minidp[/]: do {workers} worker{'s' * (workers > 1)} equal one, and how much faster?\n\n"
+        "  D     1437 handwritten digits, 8×8 pixels, to learn from; 360 others to test\n"
+        f"  w     an MLP 64-1024-1024-10: {size:,} parameters, on every worker\n"
+        f"  step  B = {job.global_batch_size} samples are cut into {shares} = B; worker i computes\n"
+        "        ∇L_i on its own n_i samples; then, all together,\n"
+        f"        [bold]∇L = Σ n_i ∇L_i / Σ n_i[/]   and   [bold]{rule}[/]   (η = {job.lr:g}{momentum})\n",
+        highlight=False,
+    )
+    if workers > cores:
+        console.print(
+            f"  [yellow]{workers} workers on {cores} core{'s' * (cores > 1)} take turns: same result, but do not "
+            "expect a speed-up.[/]\n",
+            highlight=False,
+        )
+
+
+def show(console: Console, result: Outcome) -> None:
+    table = Table(
+        title=f"{result.steps} steps, {result.epochs} epochs, one BLAS thread a worker", title_style="bold"
+    )
+    table.add_column("")
+    table.add_column("1 worker", justify="right")
+    table.add_column(f"{result.workers} worker{'s' * (result.workers > 1)}", justify="right", style="bold")
+    rows: list[tuple[str, str, str]] = [
+        ("steps / s", f"{result.steps_per_s_one_worker:.1f}", f"{result.steps_per_s:.1f}"),
+        ("speed-up, strong (same B)", "1", f"{result.speedup_strong:.2f}"),
+        (f"speed-up, weak (B and D × {result.workers})", "1", f"{result.speedup_weak:.2f}"),
+        ("sent by a worker in a step", "0 B", _bytes(result.bytes_per_step)),
+        ("training loss L(w)", f"{result.loss_one_worker:.5f}", f"{result.loss:.5f}"),
+        ("test accuracy", f"{result.test_accuracy_one_worker:.1%}", f"{result.test_accuracy:.1%}"),
+        ("max|Δw| / max|w|", "0", f"{result.relative_difference:.1e}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(explain(result), highlight=False)
+
+
+def explain(result: Outcome) -> str:
+    workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
+    if result.relative_difference < 1e-3:
+        same = f"{workers} and one end at the same w, up to float32's rounding (sums in another order)."
+    else:
+        same = "[red]The two ended at different w: this should not happen; please report it.[/]"
+    if result.speedup_strong > 1:
+        faster = f"The same {result.steps} steps took 1/{result.speedup_strong:.2f} of the time."
+    else:
+        faster = "It was not faster: no core for each worker, or a busy machine."
+    return (
+        f"\n{same}\n{faster}\n"
+        "Strong: the same work, cut into N parts. Weak: N times the work.\n"
+        "The mean is weighted by n_i, so every N and every cut gives the same ∇L."
+    )
+
+
+def as_dict(result: Outcome) -> dict[str, Any]:
+    return asdict(result)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GB"

@@ -1,0 +1,104 @@
+"""What the demo runs on every rank. The loop is the one of the README; around it, a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from minidp import data, nn, no_grad, optim, parallel, trace
+from minidp.comm import Communicator
+from minidp.nn import functional as F
+
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "sgd": optim.SGD,
+    "momentum": partial(optim.SGD, momentum=0.9),
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+}
+DEFAULT_LR = {"sgd": 0.1, "momentum": 0.05, "adam": 0.001, "adamw": 0.001}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the demo; ``copies`` of the data are for weak scaling (N times the data)."""
+
+    epochs: int
+    global_batch_size: int
+    optimizer: str
+    lr: float
+    naive: bool
+    copies: int = 1
+    record: bool = False
+
+
+@dataclass
+class Result:
+    """What one rank brings home."""
+
+    steps: int
+    epoch_s: list[float]
+    loss: float
+    accuracy: float
+    bytes_per_step: float
+    state: dict[str, np.ndarray]
+    events: list[trace.Event] = field(default_factory=list)
+
+
+def build_model() -> nn.Sequential:
+    """64-1024-1024-10: 1.1 million parameters, so that computing outweighs talking."""
+    return nn.Sequential(
+        nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10), seed=0
+    )
+
+
+def train(comm: Communicator, job: Job) -> Result:
+    train_set, test_set = data.load_digits()
+    train_set = data.ArrayDataset(*(np.concatenate([a] * job.copies) for a in train_set.arrays))
+    model = build_model()
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters(), lr=job.lr)
+    kind = parallel.NaiveDataParallel if job.naive else parallel.DataParallel
+    strategy = kind(model, optimizer, comm)  # the same w everywhere
+    loader = data.DataLoader(
+        train_set, global_batch_size=job.global_batch_size, shard=strategy.shard, shuffle=True, seed=0
+    )
+    recorder, epoch_s, total = trace.Recorder(comm.rank), [], len(loader) * job.epochs
+    comm.barrier()
+    with trace.recording(recorder):
+        for epoch in range(job.epochs):
+            start = comm.now()
+            for x, y in loader.epoch(epoch):
+                loss = strategy.forward_backward(x, y, F.cross_entropy)  # ∇L_i
+                strategy.step()  # ∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; sync
+            epoch_s.append(comm.now() - start)
+            comm.progress(strategy.updates, total, f"epoch {epoch + 1}, loss {float(loss):.3f}")
+    loss_sum, _, seen = evaluate(comm, model, train_set, strategy.shard)
+    _, correct, count = evaluate(comm, model, test_set, strategy.shard)
+    state = strategy.state_dict()  # collective: every rank calls it
+    return Result(
+        steps=strategy.updates,
+        epoch_s=epoch_s,
+        loss=loss_sum / seen,
+        accuracy=correct / count,
+        bytes_per_step=strategy.metrics["bytes_sent"] / max(1, strategy.updates),
+        state=state if comm.rank == 0 else {},
+        events=recorder.events if job.record else [],
+    )
+
+
+def evaluate(
+    comm: Communicator, model: nn.Module, dataset: data.ArrayDataset, shard: tuple[int, int]
+) -> tuple[float, float, float]:
+    """(sum of losses, correct, count). Each rank evaluates its shard, unpadded; the sums are all-reduced."""
+    tally = np.zeros(3)
+    loader = data.DataLoader(dataset, global_batch_size=256, shard=shard)
+    with no_grad():
+        for x, y in loader.epoch(0):
+            scores: Any = model(x)
+            loss = float(F.cross_entropy(scores, y))
+            tally += [loss * len(x), (scores.numpy().argmax(axis=1) == y).sum(), len(x)]
+    comm.all_reduce(tally)
+    return float(tally[0]), float(tally[1]), float(tally[2])
