@@ -97,6 +97,9 @@ class Arena:
             os.close(self.fd)
             self.fd = -1
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def _attach(duplicate: Any, regions: int) -> Arena:
     return Arena(duplicate.detach(), regions)

@@ -25,7 +25,7 @@ def hold(pipe: int, parent_pid: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     server = getattr(forkserver, "_forkserver")  # noqa: B009 (private, and not in the type stubs)
-    if server._forkserver_alive_fd is not None:
+    if getattr(server, "_forkserver_alive_fd", None) is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
     watched = [pipe]

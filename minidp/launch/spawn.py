@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ T = TypeVar("T")
 WORLDS = ("process",)
 DEVICES = ("cpu",)
 _log = logging.getLogger("minidp.launch")
+_starting = threading.Lock()  # two threads may spawn at once, but starting hides __main__ and sets variables
 
 
 def spawn(
@@ -74,7 +76,7 @@ def spawn(
     board = Board(arena, world_size)
     display = Display(board, title, wanted(progress))
     try:
-        with interrupts.held():
+        with interrupts.held(), _starting:
             context = _context()
             for rank in range(world_size):
                 job = worker.Job(rank, world_size, timeout_s, arena, function, surroundings, os.getpid())

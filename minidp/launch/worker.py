@@ -70,6 +70,10 @@ class _ToParent(TextIOBase):
     def __init__(self, send: Callable[[tuple[str, Any]], None], stream: str) -> None:
         self._send, self._stream, self._rest = send, stream, ""
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
     def writable(self) -> bool:
         return True
 

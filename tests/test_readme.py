@@ -1,0 +1,41 @@
+"""What the README prints is what its program prints, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_program_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    (program,) = blocks("python")
+    (shown,) = blocks("")
+    path = tmp_path / "program.py"  # a script without a __main__ guard
+    path.write_text(program)
+    run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    # Another CPU rounds otherwise: the last digits may differ there, words and sizes may not.
+    number = re.compile(r"(\d)e-0(\d)")
+    for got, want in zip(run.stdout.splitlines(), shown.splitlines(), strict=True):
+        assert number.sub("", got) == number.sub("", want)
+        assert all(int(exponent) >= 6 for _, exponent in number.findall(got))
+
+
+def test_the_commands_exist() -> None:
+    for command in blocks("sh"):
+        shell, script, name = command.split()
+        assert (shell, script) == ("sh", "try.sh")
+        assert f"\n    {name}) " in (ROOT / "try.sh").read_text()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
