@@ -274,6 +274,15 @@ class Communicator(ABC):
         self.all_gather(everybody, mine)
         return [pickle.loads(row[:size].tobytes()) for row, size in zip(everybody, sizes)]
 
+    def all_gather_int(self, value: int, what: str = "all_gather_int") -> list[int]:
+        """Every rank's ``value``, an int64, in rank order; ``what`` names the operation in messages.
+
+        The cheapest meeting of all ranks that says something: a barrier whose header carries the number.
+        """
+        everybody = np.zeros(self.world_size, np.int64)
+        self.all_gather(everybody, np.array([value], np.int64))
+        return [int(x) for x in everybody]
+
     def duplicate(self, name: str) -> Communicator:
         """The same ranks with sequence numbers of their own: what a strategy talks over. Collective."""
         duplicate = self.split(0, self.rank)

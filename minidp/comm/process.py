@@ -144,8 +144,6 @@ class ProcessCommunicator(Communicator):
         if self._later:
             self.run_all()
         plan = self._plans.get((x.dtype, x.shape, op)) or self._all_reduce_plan(x, op)
-        if self._closed:
-            self._check_open()
         if not x.flags.c_contiguous:
             with execute.contiguous(x) as flat:
                 self._sum_slots(flat, op, plan)
@@ -158,7 +156,7 @@ class ProcessCommunicator(Communicator):
     def _sum_slots(self, flat: Array, op: ReduceOp, plan: _Plan) -> None:
         """The whole of an all-reduce: copy in, meet, sum everybody's in order of rank; chunk by chunk."""
         rendezvous, rank, per_chunk = self._rendezvous, self.rank, plan.per_chunk
-        arrive = rendezvous.enter
+        arrive: Callable[[Header], object] = rendezvous.enter
         for lo in range(0, len(flat) or 1, per_chunk or 1):
             mine = flat if len(flat) == per_chunk else flat[lo : lo + per_chunk]
             slots = plan.slots[rendezvous.parity()]
@@ -184,13 +182,11 @@ class ProcessCommunicator(Communicator):
             ("all_gather", x.dtype, x.shape), f"all_gather {x.dtype} {x.shape}", x
         )
         self._check_parts(x, out, "all_gather(out, x)")
-        if self._closed:
-            self._check_open()
         rendezvous, per_chunk = self._rendezvous, plan.per_chunk
         with execute.contiguous(out) as flat:
             rows = flat.reshape(self.world_size, x.size)
             mine = x.reshape(-1)
-            arrive = rendezvous.enter
+            arrive: Callable[[Header], object] = rendezvous.enter
             for lo in range(0, len(mine) or 1, per_chunk or 1):
                 slots = plan.slots[rendezvous.parity()]
                 hi = min(lo + per_chunk, len(mine))
@@ -246,10 +242,13 @@ class ProcessCommunicator(Communicator):
         return None
 
     def barrier(self) -> None:
+        self.all_gather_int(0, "barrier")
+
+    def all_gather_int(self, value: int, what: str = "all_gather_int") -> list[int]:
         if self._later:
             self.run_all()
-        self._check_open()
-        self._rendezvous.enter(self._plan("barrier", "barrier").header)
+        plan = self._plans.get(what) or self._plan(what, what)
+        return self._rendezvous.enter(plan.header, value)
 
     # -- how they are made ------------------------------------------------------------------------------
 
@@ -270,7 +269,7 @@ class ProcessCommunicator(Communicator):
         text = f"{operation} {x.dtype} {x.shape}, {detail}"
         header = self._plan((operation, x.dtype, x.shape, detail), text).header
         rendezvous, step = self._rendezvous, max(1, CHUNK // width)
-        arrive = rendezvous.enter
+        arrive: Callable[[Header], object] = rendezvous.enter
         for lo in range(0, max(count, 1), step):
             hi = min(lo + step, count)
             slots = rendezvous.slots(rendezvous.parity())
@@ -282,6 +281,7 @@ class ProcessCommunicator(Communicator):
     def _plan(self, key: Any, text: str, x: Array | None = None) -> _Plan:
         plan = self._plans.get(key)
         if plan is None:
+            self._check_open()  # here is enough: closing clears the plans
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             if x is None:

@@ -102,24 +102,28 @@ class Rendezvous:
             self._reserved = True
         return self._slots[parity]
 
-    def enter(self, header: Header) -> None:
+    def enter(self, header: Header, note: int = 0) -> list[int]:
         """Begin a collective: arrive with ``header``, wait for all, and see that all have brought the same.
 
-        Raises CollectiveMismatch on every rank if they differ, and what ``arrive`` raises.
+        Returns every rank's ``note``, an int64 that travels in the header. Raises CollectiveMismatch on every rank
+        if the headers differ, and what ``arrive`` raises.
         """
         self.sequence += 1
         parity = self.parity()
         mine = self._headers[parity][self.rank]
-        mine[0] = header.hash
+        mine[0], mine[3] = header.hash, note
         if mine[1] != header.hash:  # the text of this slot is another header's
             mine[1] = 0
             mine[2] = len(header.text)
             self._texts[parity][: len(header.text)] = header.text
             mine[1] = header.hash
         self.arrive(header)
+        notes = []
         for words in self._headers[parity]:
             if words[0] != header.hash:
                 raise CollectiveMismatch(self._disagreement(parity))
+            notes.append(words[3])
+        return notes
 
     def arrive(self, header: Header) -> None:
         """A plain barrier inside a collective: publish this rank's slots, wait for all others'."""

@@ -57,7 +57,7 @@ def pieces(layout: Layout, lo: int, hi: int) -> list[tuple[int, int]]:
 
 
 def slices(layout: Layout, bucket: Bucket, count: int) -> list[tuple[int, int]]:
-    """Cut a bucket into ``count`` contiguous slices of whole pieces, as equal as these allow (some may be empty)."""
+    """Cut a bucket into ``count`` contiguous slices of whole pieces, about equal; some may be empty."""
     cuts = [lo for lo, _ in pieces(layout, bucket.lo, bucket.hi)] + [bucket.hi]
     ideal = [bucket.lo + (bucket.hi - bucket.lo) * i / count for i in range(count + 1)]
     edges = [min(cuts, key=lambda cut, at=at: abs(cut - at)) for at in ideal]  # type: ignore[misc]

@@ -12,6 +12,7 @@ the update to that slice of the one shared copy of w, and two barriers make it a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -42,6 +43,14 @@ class _Block(NamedTuple):
     state: tuple[dict[str, Flat], dict[str, Flat]]
     mean: Flat  # scratch: the sum, then the mean
     scratch: tuple[Flat, ...]
+
+
+class _Trouble(NamedTuple):
+    """The first element of a block that is not finite, and the rank that brought it (-1: only the sum is not)."""
+
+    element: int
+    rank: int
+    value: float
 
 
 class DataParallel(Strategy):
@@ -86,8 +95,7 @@ class DataParallel(Strategy):
         self._slices = [slices(self.layout, bucket, world_size)[rank] for bucket in self.buckets]
         self._pieces = pieces(self.layout, 0, self.layout.size)
         self._blocks = self._cut_blocks()
-        self._counts = np.zeros(world_size, np.int64)
-        self._reports = np.zeros((world_size, 3), np.int64)
+        self._trouble: _Trouble | None = None
 
     def load_state_dict(self, state: StateDict) -> None:
         state = self._checked_everywhere(state)
@@ -112,25 +120,25 @@ class DataParallel(Strategy):
         comm = self.comm
         self.layout.zero_unwritten(self._slabs.grads[comm.rank])
         with trace.span("wait for gradients", "wait"):
-            comm.all_gather(self._counts, np.array([samples], np.int64))
-        total = int(self._counts.sum())  # Σ n_i
+            total = sum(comm.all_gather_int(samples, "gradients"))  # Σ n_i
         if total == 0:
             return
-        report = np.zeros(3, np.int64)  # 1 + the first element that is not finite, its rank, what it is; or 0
+        self._trouble = None
         with trace.span("reduce and update", "compute"):
             if self.clip_norm is None:
                 for block in self._blocks:
-                    self._update(block, self._reduce(block, total, report))
+                    self._update(block, self._reduce(block, total))
             else:
-                self._clipped_update(total, self.clip_norm, report)
+                self._clipped_update(total, self.clip_norm)
         with trace.span("wait for parameters", "wait"):
-            comm.all_gather(self._reports, report)
+            # A committed step is one that no rank found fault with: 0 from everybody.
+            elements = comm.all_gather_int(0 if self._trouble is None else 1 + self._trouble.element, "parameters")
         self._count_traffic()
-        if self._reports.any():
-            self._raise_non_finite()
+        if any(elements):
+            self._raise_non_finite(elements)
         self._slabs.flip()
 
-    def _reduce(self, block: _Block, total: int, report: np.ndarray) -> Flat:
+    def _reduce(self, block: _Block, total: int) -> Flat:
         """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32."""
         mean, parts = block.mean, block.parts
         if len(parts) == 1:
@@ -141,8 +149,8 @@ class DataParallel(Strategy):
                 np.add(mean, part, out=mean)
             np.divide(mean, total, out=mean)
         # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
-        if self.check_finite and not report[0] and not np.isfinite(np.dot(mean, mean)):
-            _find_non_finite(block, report)
+        if self.check_finite and self._trouble is None and not math.isfinite(np.dot(mean, mean)):
+            self._trouble = _find_trouble(block)
         return mean if mean.dtype == block.params[0].dtype else mean.astype(block.params[0].dtype)
 
     def _update(self, block: _Block, gradient: Flat) -> None:
@@ -161,14 +169,14 @@ class DataParallel(Strategy):
             scratch=block.scratch,
         )
 
-    def _clipped_update(self, total: int, clip_norm: float, report: np.ndarray) -> None:
+    def _clipped_update(self, total: int, clip_norm: float) -> None:
         """The same, with the norm of the mean in between.
 
         My slice of the mean replaces my slice of my own gradients: nobody else reads that place.
         """
         mine = self._slabs.grads[self.comm.rank]
         for block in self._blocks:
-            mine[block.lo : block.hi] = self._reduce(block, total, report)
+            mine[block.lo : block.hi] = self._reduce(block, total)
         squares = np.zeros(len(self._pieces))
         for lo, hi in self._slices:
             norms.add_squares(squares, self._pieces, mine, lo, hi)
@@ -187,11 +195,12 @@ class DataParallel(Strategy):
         for traffic in (self._exchanged, self.comm.traffic):
             traffic.add((rest + mine * peers) * itemsize, (mine * peers + rest) * itemsize, 2 * peers)
 
-    def _raise_non_finite(self) -> None:
-        reports = [tuple(int(x) for x in row) for row in self._reports if row[0]]
-        element, rank, kind = min(reports)
-        (name, *_) = self.layout.names_at(element - 1, element)
-        raise NonFiniteGradient(name, rank, self.updates, (float("nan"), float("inf"), float("-inf"))[kind])
+    def _raise_non_finite(self, elements: list[int]) -> None:
+        """All ranks raise the same: the first element's trouble, told by the rank that found it."""
+        finder = min((element, rank) for rank, element in enumerate(elements) if element)[1]
+        trouble: _Trouble = self.comm.broadcast_object(self._trouble, finder)
+        (name, *_) = self.layout.names_at(trouble.element, trouble.element + 1)
+        raise NonFiniteGradient(name, trouble.rank, self.updates, trouble.value)
 
     # -- made once -------------------------------------------------------------------------------------
 
@@ -240,12 +249,11 @@ class DataParallel(Strategy):
                 yield run
 
 
-def _find_non_finite(block: _Block, report: np.ndarray) -> None:
-    """Write into ``report``: 1 + the first element that is not finite, the rank that brought it, NaN or inf."""
+def _find_trouble(block: _Block) -> _Trouble | None:
+    """Look again, slowly; None if only the dot product had overflowed."""
     for rank, values in (*enumerate(block.parts), (-1, block.mean)):
         bad = ~np.isfinite(values)
         if bad.any():
             first = int(bad.argmax())
-            kind = 0 if np.isnan(values[first]) else 1 if values[first] > 0 else 2
-            report[:] = block.lo + first + 1, rank, kind
-            return
+            return _Trouble(block.lo + first, rank, float(values[first]))
+    return None
