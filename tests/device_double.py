@@ -127,6 +127,10 @@ def _operator(name: str) -> Any:
     return forward, reflected, in_place
 
 
+def _unary(function: Any) -> Any:
+    return lambda self: wrap(function(self._host))
+
+
 for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod"):
     _forward, _reflected, _in_place = _operator(_name)
     setattr(DeviceArray, f"__{_name}__", _forward)
@@ -137,7 +141,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
 for _name in ("or_", "and_"):
     setattr(DeviceArray, f"__{_name.strip('_')}__", _operator(_name)[0])
 for _name in ("neg", "abs", "invert"):
-    setattr(DeviceArray, f"__{_name}__", lambda self, f=getattr(operator, _name): wrap(f(self._host)))
+    setattr(DeviceArray, f"__{_name}__", _unary(getattr(operator, _name)))
 
 
 def _method(name: str, allowed: tuple[str, ...]) -> Any:
@@ -207,9 +211,8 @@ def _made(function: Any) -> Any:
     return lambda *args, **kwargs: wrap(function(*args, **kwargs))
 
 
-_UFUNCS = (
-    "add subtract multiply divide negative exp log sqrt tanh maximum minimum reciprocal matmul greater isfinite"
-).split()
+_UFUNCS = ["add", "subtract", "multiply", "divide", "negative", "exp", "log", "sqrt", "tanh"]
+_UFUNCS += ["maximum", "minimum", "reciprocal", "matmul", "greater", "isfinite"]
 xp = SimpleNamespace(
     __name__="device_double",
     ndarray=DeviceArray,

@@ -88,11 +88,7 @@ class Layout:
     def release(self) -> None:
         """Give each parameter private copies of its data, and of its gradient if there is one."""
         for parameter in self._parameters:
-            grad = parameter.grad
-            parameter.data = parameter.data.copy()
-            parameter._grad_slot = None
-            parameter.grad = grad
-            parameter._grad_written = False
+            parameter.release()
 
     def pack(self, flat: Array) -> None:
         """Copy the current values of all parameters into `flat`, and zeros into its padding."""
@@ -117,7 +113,7 @@ class Layout:
 
     def names_at(self, start: int, stop: int) -> list[str]:
         """Return the names of the parameters that have elements in ``flat[start:stop]``."""
-        return [s.name for s in self.segments if s.offset < stop and start < s.offset + s.size]
+        return [s.name for s in self.segments if max(s.offset, start) < min(s.offset + s.size, stop)]
 
     def __repr__(self) -> str:
         return f"Layout({len(self.segments)} parameters, {self.size} × {self.dtype}, {self.nbytes} bytes)"

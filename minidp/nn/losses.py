@@ -25,7 +25,8 @@ class CrossEntropy(Function):
             return xp.zeros((), dtype=logits.dtype)
         # Position of each sample's label in the flattened (n, C) array: take() is cheaper than [rows, labels].
         at = labels + xp.arange(0, n * classes, classes)
-        p = logits - logits.max(axis=1, keepdims=True)
+        p = xp.empty(logits.shape, dtype=logits.dtype)  # in C order, whatever order the logits have
+        xp.subtract(logits, logits.max(axis=1, keepdims=True), out=p)
         picked = p.ravel().take(at)
         xp.exp(p, out=p)
         total = p.sum(axis=1, keepdims=True)
@@ -67,7 +68,7 @@ def check_labels(logits: Array, labels: Array, xp: Any) -> Array:
             f"cross_entropy: label {host[where]} of sample {where} is outside 0 … {classes - 1} "
             f"({classes} classes, as the logits have columns)"
         )
-    return labels
+    return labels.astype("int64", copy=False)
 
 
 class MSELoss(Function):

@@ -190,8 +190,9 @@ class Module:
         return layout
 
     def unbind(self) -> None:
-        """Give every trainable parameter private copies of its data and gradient: undo `bind`."""
-        Layout(self).release()
+        """Give every parameter private copies of its data and gradient: undo `bind`."""
+        for parameter in self.parameters():
+            parameter.release()
 
     def __repr__(self) -> str:
         children = self._children()

@@ -58,6 +58,14 @@ class Parameter(Tensor):
                 slot[...] = grad
             self._grad_written = True
 
+    def release(self) -> None:
+        """Leave the slabs: private copies of the data, and of the gradient if there is one."""
+        grad = self.grad
+        self.data = self.data.copy()
+        self._grad_slot = None
+        self._grad_written = False
+        self.grad = grad
+
     def register_post_accumulate_grad_hook(self, hook: Callable[[Parameter], None]) -> Callable[[], None]:
         """Call ``hook(parameter)`` in each backward pass once its whole gradient is in ``parameter.grad``.
 
