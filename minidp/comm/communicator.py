@@ -9,67 +9,20 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from enum import Enum
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from minidp.comm import execute, schedules
-from minidp.comm.errors import CommError
+from minidp.comm.reduction import SUM, ReduceOp
 from minidp.comm.traffic import Traffic
+from minidp.comm.work import Later, Work
 
 Array = npt.NDArray[Any]
 ANY = -1
 """As ``src`` of ``recv``: a message from whichever rank."""
-
-
-class ReduceOp(Enum):
-    """How values of several ranks become one. AVG is the sum over ranks divided by their number."""
-
-    SUM = "sum"
-    AVG = "avg"
-    MAX = "max"
-    MIN = "min"
-
-    @cached_property
-    def ufunc(self) -> np.ufunc:
-        """How two values become one (AVG divides afterwards)."""
-        return {"sum": np.add, "avg": np.add, "max": np.maximum, "min": np.minimum}[self.value]
-
-    __hash__ = object.__hash__  # members are singletons; Enum's own hash is Python code on every lookup
-
-
-SUM, AVG, MAX, MIN = ReduceOp.SUM, ReduceOp.AVG, ReduceOp.MAX, ReduceOp.MIN
-
-
-class Work(ABC):
-    """An operation that has been begun with ``async_op=True``. It is finished when ``wait`` returns."""
-
-    @abstractmethod
-    def wait(self) -> int | None:
-        """Finish the operation; for a receive, the rank that the message came from."""
-
-
-class Later(Work):
-    """A collective that runs when it is waited for, or before the next collective, in the order of issue.
-
-    On the CPU nothing could move it on while the caller computes, so nothing is begun early: the order of
-    collectives stays the order of the program on every rank.
-    """
-
-    def __init__(self, comm: Communicator, run: Callable[[], Any]) -> None:
-        self._comm, self._run, self.done = comm, run, False
-
-    def wait(self) -> None:
-        while not self.done:
-            self._comm.run_oldest()
-
-    def run(self) -> None:
-        self.done = True
-        self._run()
 
 
 class Communicator(ABC):
@@ -102,10 +55,10 @@ class Communicator(ABC):
         """Begin to receive into ``x``."""
 
     @abstractmethod
-    def split(self, color: int | None, key: int = 0) -> Communicator | None:
+    def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
         """A communicator of all ranks that gave the same ``color``, ordered by ``key``, then rank. Collective.
 
-        None for ``color=None``. ``split(0, rank)`` is a duplicate: the same ranks, its own sequence numbers.
+        None for ``color=None``. ``name`` is for messages. ``split(0, rank)`` is a duplicate: the same ranks, its own sequence numbers.
         """
 
     @abstractmethod
@@ -285,7 +238,7 @@ class Communicator(ABC):
 
     def duplicate(self, name: str) -> Communicator:
         """The same ranks with sequence numbers of their own: what a strategy talks over. Collective."""
-        duplicate = self.split(0, self.rank)
+        duplicate = self.split(0, self.rank, name)
         assert duplicate is not None
         return duplicate
 
@@ -324,10 +277,3 @@ def _user_tag(tag: int) -> int:
     if tag < 0:
         raise ValueError(f"tag={tag}: tags are 0 or more; negative ones are the collectives'")
     return tag
-
-
-def agree(comm: Communicator, value: Any, what: str) -> None:
-    """Raise CommError on all ranks unless they all give the same (picklable) value."""
-    values: Sequence[Any] = comm.all_gather_object(value)
-    if any(other != values[0] for other in values):
-        raise CommError(f"the ranks disagree about {what}: {values}")

@@ -6,7 +6,7 @@ a rank in one step are added in order of rank, its own value taking its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from minidp.comm import schedules
+from minidp.comm.reduction import ReduceOp, finish, fold
 from minidp.comm.transfers import Message, Schedule, chunk_bounds
 
 if TYPE_CHECKING:
-    from minidp.comm.communicator import Communicator, ReduceOp
+    from minidp.comm.communicator import Communicator
 
 Array = npt.NDArray[Any]
 
@@ -29,43 +30,6 @@ def contiguous(x: Array) -> Iterator[Array]:
     yield flat
     if not np.shares_memory(flat, x):
         x[...] = flat.reshape(x.shape)
-
-
-def is_half(dtype: np.dtype[Any]) -> bool:
-    """float16 or bfloat16: sums of them are made in float32."""
-    return dtype.itemsize == 2 and dtype.name in ("float16", "bfloat16")
-
-
-def fold(parts: Sequence[Array], op: ReduceOp, out: Array) -> None:
-    """``out`` = parts[0] ∘ parts[1] ∘ …, left to right, half precision in float32. AVG's division is apart.
-
-    ``out`` may be parts[0] or parts[1], no later one.
-    """
-    ufunc = op.ufunc
-    if len(parts) == 1:
-        if out is not parts[0]:
-            out[...] = parts[0]
-    elif is_half(out.dtype) and ufunc is np.add:
-        total = parts[0].astype(np.float32)
-        for part in parts[1:]:
-            np.add(total, part, out=total)
-        out[...] = total
-    else:
-        ufunc(parts[0], parts[1], out=out)
-        for part in parts[2:]:
-            ufunc(out, part, out=out)
-
-
-def finish(x: Array, op: ReduceOp, world_size: int) -> None:
-    """The division of an average, after the sum."""
-    if op.value == "avg":
-        np.divide(x, world_size, out=x)
-
-
-def check_average(dtype: np.dtype[Any], op: ReduceOp) -> None:
-    """Averages of whole numbers are refused: the division would silently round."""
-    if op.value == "avg" and dtype.kind in "biu":
-        raise TypeError(f"AVG of {dtype}: an average of integers would be rounded; use SUM and divide, or floats")
 
 
 def run(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minidp.comm.communicator import ANY, Work
+from minidp.comm.communicator import ANY
 from minidp.comm.errors import CollectiveMismatch
 from minidp.comm.queue import QUEUE_BYTES, SLOTS, ArrayQueue, Incoming, Outgoing
 from minidp.comm.rendezvous import Rendezvous
 from minidp.comm.traffic import Traffic
 from minidp.comm.word import Word
+from minidp.comm.work import Work
 
 _TRIES = 100  # pumps before a waiter sleeps, about 100 µs
 

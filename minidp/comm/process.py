@@ -7,7 +7,6 @@ stay in L2. Point-to-point messages, and any other ``algorithm=``, go over queue
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from minidp.comm import execute
-from minidp.comm.arena import REGION, Arena, Bytes, available_bytes, not_enough
-from minidp.comm.board import Board
-from minidp.comm.communicator import AVG, SUM, Array, Communicator, ReduceOp, Work
+from minidp.comm.arena import Bytes, available_bytes, not_enough
+from minidp.comm.communicator import Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.mailbox import Mailbox
+from minidp.comm.reduction import AVG, SUM, Array, ReduceOp, check_average, finish, fold
 from minidp.comm.rendezvous import CHUNK, Header, Rendezvous
 from minidp.comm.traffic import Traffic
-from minidp.comm.vigil import Watch
+from minidp.comm.work import Work
 
 _MAX_PLANS = 256
 
@@ -93,11 +92,6 @@ class ProcessCommunicator(Communicator):
         self._children.append(child)
         return child
 
-    def duplicate(self, name: str) -> Communicator:
-        duplicate = self.split(0, self.rank, name)
-        assert duplicate is not None
-        return duplicate
-
     def allocate(self, nbytes: int) -> list[npt.NDArray[np.uint8]]:
         if nbytes < 0:
             raise ValueError(f"allocate: nbytes={nbytes} must be 0 or more")
@@ -139,7 +133,7 @@ class ProcessCommunicator(Communicator):
         self, x: Array, op: ReduceOp = SUM, algorithm: str | None = None, *, async_op: bool = False
     ) -> Work | None:
         if async_op or algorithm is not None:
-            execute.check_average(x.dtype, op)
+            check_average(x.dtype, op)
             return super().all_reduce(x, op, algorithm, async_op=async_op)
         if self._later:
             self.run_all()
@@ -164,13 +158,13 @@ class ProcessCommunicator(Communicator):
                 slots = [slot[: len(mine)] for slot in slots]
             slots[rank][:] = mine
             arrive(plan.header)
-            execute.fold(slots, op, mine)
+            fold(slots, op, mine)
             arrive = rendezvous.arrive
         if op is AVG:
-            execute.finish(flat, op, self.world_size)
+            finish(flat, op, self.world_size)
 
     def _all_reduce_plan(self, x: Array, op: ReduceOp) -> _Plan:
-        execute.check_average(x.dtype, op)
+        check_average(x.dtype, op)
         return self._plan((x.dtype, x.shape, op), f"all_reduce {x.dtype} {x.shape}, {op.value}", x)
 
     def all_gather(self, out: Array, x: Array, *, async_op: bool = False) -> Work | None:
@@ -201,7 +195,7 @@ class ProcessCommunicator(Communicator):
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
         if async_op:
             return self._defer(lambda: self.reduce_scatter(out, x, op))
-        execute.check_average(x.dtype, op)
+        check_average(x.dtype, op)
         self._check_parts(out, x, "reduce_scatter(out, x)")
         p, rank = self.world_size, self.rank
         parts = np.ascontiguousarray(x).reshape(p, out.size)
@@ -212,10 +206,10 @@ class ProcessCommunicator(Communicator):
 
             def take(slots: list[Bytes], lo: int, hi: int) -> None:
                 pieces = [_typed(slot, p, hi - lo, x.dtype)[rank] for slot in slots]
-                execute.fold(pieces, op, flat[lo:hi])
+                fold(pieces, op, flat[lo:hi])
 
             self._rounds("reduce_scatter", x, op.value, out.size, p * x.itemsize, put, take)
-            execute.finish(flat, op, p)
+            finish(flat, op, p)
         self._count(out.nbytes, out.nbytes)
         return None
 
@@ -323,30 +317,3 @@ def _check_dtype(dtype: np.dtype[Any]) -> None:
 
 def _typed(slot: Bytes, rows: int, columns: int, dtype: np.dtype[Any]) -> Array:
     return slot[: rows * columns * dtype.itemsize].view(dtype).reshape(rows, columns)
-
-
-def reserve_world(world_size: int) -> Arena:
-    """The arena of a new run, with its board and every rank's block of the world group: the parent's part."""
-    arena = Arena.create(world_size + 1)
-    Board.reserve(arena, world_size)
-    for rank in range(world_size):
-        Rendezvous.reserve(arena, rank, world_size)
-    return arena
-
-
-def join_world(arena: Arena, rank: int, world_size: int, timeout_s: float) -> ProcessCommunicator:
-    """The communicator of all ranks of the run, in the process that is ``rank``."""
-    board = Board(arena, world_size)
-    # The parent has taken the world's blocks, each at the start of its region; this process takes after it.
-    offsets = [region * REGION for region in range(world_size)]
-    if rank not in arena.taken:
-        Rendezvous.reserve(arena, rank, world_size)
-    watch = Watch(board, arena, rank, timeout_s)
-    world = Rendezvous(watch, arena, offsets, list(range(world_size)), rank, "world")
-    board.running(rank, os.getpid())
-    return ProcessCommunicator(world, Traffic())
-
-
-def comm_self(timeout_s: float = 60.0) -> ProcessCommunicator:
-    """A communicator of this process alone (MPI's COMM_SELF): world size 1 without ``spawn``."""
-    return join_world(reserve_world(1), 0, 1, timeout_s)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import cloudpickle
 
 from minidp.comm.board import Board
-from minidp.comm.process import reserve_world
+from minidp.comm.world import reserve_world
 from minidp.launch import blas, interrupts, supervise, worker
 from minidp.launch.logs import RankHandler
 from minidp.launch.progress import Display, wanted

@@ -19,7 +19,7 @@ import cloudpickle
 
 from minidp.comm import errors
 from minidp.comm.arena import Arena
-from minidp.comm.process import join_world
+from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs
 
 inside_worker = False

@@ -20,7 +20,7 @@ import numpy as np
 
 from minidp import trace
 from minidp.comm import Communicator
-from minidp.comm.execute import is_half
+from minidp.comm.reduction import is_half
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
