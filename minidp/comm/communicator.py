@@ -58,7 +58,8 @@ class Communicator(ABC):
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
         """A communicator of all ranks that gave the same ``color``, ordered by ``key``, then rank. Collective.
 
-        None for ``color=None``. ``name`` is for messages. ``split(0, rank)`` is a duplicate: the same ranks, its own sequence numbers.
+        None for ``color=None``. ``split(0, rank)`` is a duplicate: the same ranks, its own sequence numbers.
+        ``name`` is for messages.
         """
 
     @abstractmethod

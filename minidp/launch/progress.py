@@ -1,9 +1,18 @@
-"""Workers' progress in the parent: one line a rank, in a terminal or a notebook, gone when the run ends."""
+"""Workers' progress in the parent: one line a rank, in a terminal or a notebook, gone when the run ends.
+
+In a terminal the bars own the last lines. Whatever else is to appear there, a worker's print or a log record,
+erases them first, and the next refresh draws them again below it: nothing is lost, and nothing is painted over.
+In a notebook they are one output that is replaced, which needs no widgets.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from minidp.comm.board import RETURNED, Board
@@ -13,10 +22,13 @@ DELAY_S = 0.5  # a run shorter than this shows nothing: a flash of bars tells no
 
 
 def wanted(asked: bool | None) -> bool:
-    """Whether to show progress: as asked, or if somebody can be looking."""
-    if asked is not None:
-        return asked
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether to show progress: unless told not to, if there is a terminal or a notebook to show it in."""
+    return asked is not False and (sys.stderr.isatty() or _in_notebook())
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 class Display:
@@ -24,10 +36,11 @@ class Display:
 
     def __init__(self, board: Board, title: str, show: bool) -> None:
         self._board, self._title, self._show = board, title, show
+        self._screen: _Terminal | _Notebook = _Notebook() if show and _in_notebook() else _Terminal()
         self._start = time.monotonic()
         self._next = self._start + DELAY_S
-        self._live: Any = None
-        self._tasks: list[Any] = []
+        self._bars: Any = None
+        self._lock = threading.Lock()  # held while bars are drawn, and while a log record is printed
 
     def refresh(self) -> None:
         """Redraw if it is time to."""
@@ -36,49 +49,123 @@ class Display:
             return
         self._next = now + REFRESH_S
         progress = [self._board.progress_of(rank) for rank in range(self._board.world_size)]
-        if self._live is None:
+        if self._bars is None:
             if not any(done for done, _, _ in progress):
                 return
-            self._open()
-        for rank, (task, (done, total, note)) in enumerate(zip(self._tasks, progress)):
+            self._bars = _make_bars(len(progress))
+        for rank, (done, total, note) in enumerate(progress):
             state = "returned" if self._board.state(rank) == RETURNED else note
             speed = f"{done / (now - self._start):,.0f} steps/s" if done else ""
-            self._live.update(task, completed=done, total=total or None, note=state, speed=speed)
-        self._live.refresh()
+            self._bars.update(self._bars.task_ids[rank], completed=done, total=total or None, note=state, speed=speed)
+        if self._lock.acquire(blocking=False):  # a log handler may take its time: then there is no frame
+            try:
+                self._screen.draw(self._title, self._bars)
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def hidden(self, wait: bool = True) -> Iterator[None]:
+        """A block that prints, in any thread: without bars. Not ``wait``: whoever prints has erased them."""
+        held = self._lock.acquire(blocking=wait)
+        try:
+            if held:
+                self._screen.erase()
+            yield
+        finally:
+            if held:
+                self._lock.release()
 
     def write(self, text: str, stream: str) -> None:
-        """Print a worker's output above the bars, to where the parent prints."""
-        if self._live is not None and stream == "stdout" and not sys.stdout.isatty():
-            sys.stdout.write(text)  # redirected to a file: as it is, the bars are elsewhere
-        elif self._live is not None:
-            self._live.console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
-        else:
-            target = sys.stdout if stream == "stdout" else sys.stderr
+        """Print a worker's output to where the parent prints."""
+        target = sys.stdout if stream == "stdout" else sys.stderr
+        with self.hidden(wait=False):
             target.write(text)
             target.flush()
+            self._screen.mid_line = target.isatty() and not text.endswith("\n")
 
     def close(self) -> None:
+        """Remove the bars for good."""
+        self._show = False
+        with self.hidden(wait=False):
+            self._screen.close()
+
+
+class _Terminal:
+    """Bars at the bottom of the terminal, on standard error."""
+
+    def __init__(self) -> None:
+        self.mid_line = False
+        self._live: Any = None
+
+    def draw(self, title: str, bars: Any) -> None:
+        if self._live is None:
+            from rich.console import Console, Group
+            from rich.live import Live
+
+            if self.mid_line:
+                sys.stderr.write("\n")
+                self.mid_line = False
+            # Rich's own redirection would send standard output to standard error, even if that is a file.
+            self._live = Live(
+                Group(f"[dim]{title}", bars),
+                console=Console(stderr=True, highlight=False),
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+        self._live.refresh()
+
+    def erase(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    close = erase
 
-        self._live = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=Console(stderr=True),
-            auto_refresh=False,
-            transient=True,
-        )
-        self._live.start()
-        self._live.console.print(f"[dim]{self._title}")
-        self._tasks = [
-            self._live.add_task(f"rank {rank}", total=None, note="", speed="")
-            for rank in range(self._board.world_size)
-        ]
+
+class _Notebook:
+    """Bars as one output of the cell, replaced in place."""
+
+    def __init__(self) -> None:
+        self.mid_line = False
+        self._handle: Any = None
+
+    def draw(self, title: str, bars: Any) -> None:
+        from rich.console import Console, Group
+
+        console = Console(file=io.StringIO(), record=True, width=100, force_jupyter=False, highlight=False)
+        console.print(Group(f"[dim]{title}", bars))
+        html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>", clear=False)
+        self._show({"text/plain": console.export_text(), "text/html": html})
+
+    def erase(self) -> None:
+        """Prints do not run into it."""
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._show({"text/plain": "", "text/html": ""})
+
+    def _show(self, output: dict[str, str]) -> None:
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(output, raw=True, display_id=True)
+        else:
+            self._handle.update(output, raw=True)
+
+
+def _make_bars(world_size: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bars = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("[dim]{task.fields[note]}", markup=False),
+    )
+    for rank in range(world_size):
+        bars.add_task(f"rank {rank}", total=None, note="", speed="")
+    return bars
