@@ -10,6 +10,8 @@ import logging
 import logging.handlers
 import queue
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -39,26 +41,29 @@ class _PipeQueue:
 
 
 class _Relay(logging.Handler):
-    """Hands a worker's record to the parent's logger of that name, tagged with the rank."""
+    """Hands a worker's record to the parent's logger of that name, tagged with the rank, while bars are hidden."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, hidden: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.hidden = rank, hidden
 
     def emit(self, record: logging.LogRecord) -> None:
         record.rank = self.rank
         record.msg, record.args = f"[rank {self.rank}] {record.getMessage()}", None
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
+            with self.hidden():
+                logger.handle(record)
 
 
 class RankHandler(MultiProcessingHandler):  # type: ignore[misc]
     """The parent's end of one worker's log: a thread that receives records until the worker is gone."""
 
-    def __init__(self, rank: int, connection: Connection) -> None:
+    def __init__(
+        self, rank: int, connection: Connection, hidden: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         logging.Handler.__init__(self)
-        self.sub_handler = _Relay(rank)
+        self.sub_handler = _Relay(rank, hidden)
         self.queue = _PipeQueue(connection)
         self._is_closed = False
         self._receive_thread = threading.Thread(target=self._receive, name=f"minidp-log-{rank}", daemon=True)

@@ -40,7 +40,8 @@ class Display:
         self._start = time.monotonic()
         self._next = self._start + DELAY_S
         self._bars: Any = None
-        self._lock = threading.Lock()  # held while bars are drawn, and while a log record is printed
+        self._lock = threading.Lock()  # held while bars are drawn or erased, never while somebody prints
+        self._printing = 0
 
     def refresh(self) -> None:
         """Redraw if it is time to."""
@@ -57,28 +58,26 @@ class Display:
             state = "returned" if self._board.state(rank) == RETURNED else note
             speed = f"{done / (now - self._start):,.0f} steps/s" if done else ""
             self._bars.update(self._bars.task_ids[rank], completed=done, total=total or None, note=state, speed=speed)
-        if self._lock.acquire(blocking=False):  # a log handler may take its time: then there is no frame
-            try:
+        with self._lock:
+            if not self._printing:
                 self._screen.draw(self._title, self._bars)
-            finally:
-                self._lock.release()
 
     @contextmanager
-    def hidden(self, wait: bool = True) -> Iterator[None]:
-        """A block that prints, in any thread: without bars. Not ``wait``: whoever prints has erased them."""
-        held = self._lock.acquire(blocking=wait)
+    def hidden(self) -> Iterator[None]:
+        """No bars during this block, which prints, in whatever thread. Nobody waits for it."""
+        with self._lock:
+            self._printing += 1
+            self._screen.erase()
         try:
-            if held:
-                self._screen.erase()
             yield
         finally:
-            if held:
-                self._lock.release()
+            with self._lock:
+                self._printing -= 1
 
     def write(self, text: str, stream: str) -> None:
         """Print a worker's output to where the parent prints."""
         target = sys.stdout if stream == "stdout" else sys.stderr
-        with self.hidden(wait=False):
+        with self.hidden():
             target.write(text)
             target.flush()
             self._screen.mid_line = target.isatty() and not text.endswith("\n")
@@ -86,7 +85,7 @@ class Display:
     def close(self) -> None:
         """Remove the bars for good."""
         self._show = False
-        with self.hidden(wait=False):
+        with self._lock:
             self._screen.close()
 
 
@@ -164,7 +163,7 @@ def _make_bars(world_size: int) -> Any:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
-        TextColumn("[dim]{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     for rank in range(world_size):
         bars.add_task(f"rank {rank}", total=None, note="", speed="")

@@ -52,7 +52,7 @@ def spawn(
         device: ``"cpu"``.
         blas_threads: BLAS threads a rank; default cores ÷ ranks. Logged at INFO, too few cores at WARNING.
         timeout_s: how long a rank waits for another in a collective before CollectiveTimeout.
-        progress: show each rank's steps; default: if standard error is a terminal, or in a notebook.
+        progress: show each rank's steps, if standard error is a terminal, or in a notebook; False: never.
 
     Raises:
         RankFailed: the first failure of any rank: ``rank 2 of 4 raised ValueError: …`` (its ``__cause__``) or
@@ -80,7 +80,7 @@ def spawn(
             context = _context()
             for rank in range(world_size):
                 job = worker.Job(rank, world_size, timeout_s, arena, function, surroundings, os.getpid())
-                workers.append(_start(context, job))
+                workers.append(_start(context, job, display))
         return supervise.run(workers, board, display)
     finally:
         with interrupts.held():
@@ -135,7 +135,7 @@ def _context() -> Any:
     return context
 
 
-def _start(context: Any, job: worker.Job) -> supervise.Worker:
+def _start(context: Any, job: worker.Job, display: Display) -> supervise.Worker:
     report, report_out = context.Pipe(duplex=False)
     log, log_out = context.Pipe(duplex=False)
     pipe, lifeline = context.Pipe(duplex=False)
@@ -145,7 +145,8 @@ def _start(context: Any, job: worker.Job) -> supervise.Worker:
         process.start()
     for connection in theirs:
         connection.close()
-    return supervise.Worker(job.rank, process, report, RankHandler(job.rank, log), lifeline)
+    handler = RankHandler(job.rank, log, display.hidden)
+    return supervise.Worker(job.rank, process, report, handler, lifeline)
 
 
 @contextmanager
