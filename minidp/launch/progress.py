@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from minidp.comm.board import RETURNED, Board
@@ -57,7 +58,9 @@ class Display:
         for rank, (done, total, note) in enumerate(progress):
             state = "returned" if self._board.state(rank) == RETURNED else note
             speed = f"{done / (now - self._start):,.0f} steps/s" if done else ""
-            self._bars.update(self._bars.task_ids[rank], completed=done, total=total or None, note=state, speed=speed)
+            self._bars.update(
+                self._bars.task_ids[rank], completed=done, total=total or None, note=state, speed=speed
+            )
         with self._lock:
             if not self._printing:
                 self._screen.draw(self._title, self._bars)
@@ -147,10 +150,8 @@ class _Notebook:
             self._show({"text/plain": "", "text/html": ""})
 
     def _show(self, output: dict[str, str]) -> None:
-        from IPython.display import display
-
         if self._handle is None:
-            self._handle = display(output, raw=True, display_id=True)
+            self._handle = import_module("IPython.display").display(output, raw=True, display_id=True)
         else:
             self._handle.update(output, raw=True)
 
