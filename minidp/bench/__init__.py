@@ -1,0 +1,18 @@
+"""``python -m minidp.bench``: how fast it is, next to PyTorch and MPI on the same machine in the same minute.
+
+    allreduce   our all-reduce, MPICH's, gloo's          4 KB … 128 MB, 2 ranks
+    step        one training step, ours and PyTorch's    one process, one thread
+    scaling     2 workers against 1; DDP, PyTorch + MPI  2 processes
+    startup     import, and until a spawned function runs
+
+Absolute figures of a shared machine drift by a factor of two within minutes; ratios of bursts that follow each
+other do not. So all contestants are started first, wait blocked on a socket, and are let off one after the other,
+ours, peer, ours, peer, …; what is printed are medians over such rounds.
+
+    jobs.py      what is done: an all-reduce of n bytes, a training step of an MLP
+    peers/       who does it, a file each; runs as processes of its own
+    team.py      the processes of one contestant: start, command, end
+    measure.py   rounds, medians, ratios, bars
+    report.py    the table and the JSON file
+    machine.py   the header line; what is installed and what is missing
+"""

@@ -1,0 +1,10 @@
+"""The contestants, a file each. Every rank is a process of its own that waits on a socket for its next burst.
+
+    serve.py    what all have in common: connect, prepare a job, run bursts of it
+    ours.py     minidp: one process alone, or ranks that ``minidp.spawn`` starts
+    eager.py    PyTorch, one process
+    ddp.py      PyTorch DistributedDataParallel over gloo
+    mpich.py    mpi4py over MPICH, under mpiexec; training is PyTorch with one all-reduce of all gradients
+
+PyTorch and mpi4py are imported here only, in these processes.
+"""

@@ -1,0 +1,62 @@
+"""minidp itself, by the path that users take: ``DataParallel`` in one process, or on ranks of ``minidp.spawn``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+import minidp
+from minidp.bench.jobs import LEARNING_RATE, AllReduce, Training
+from minidp.bench.peers.serve import Contestant, serve
+from minidp.comm import Communicator, comm_self
+
+
+class Ours(Contestant):
+    """A rank of ``comm``."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm, self.rank, self.world_size = comm, comm.rank, comm.world_size
+
+    def threads(self) -> int:
+        return max((pool["num_threads"] for pool in threadpoolctl.threadpool_info()), default=1)
+
+    def barrier(self) -> None:
+        self.comm.barrier()
+
+    def all_reduce(self, job: AllReduce) -> tuple[Callable[[], object], Callable[[float], None], Any]:
+        comm, array = self.comm, np.zeros(job.nbytes // 4, np.float32)
+        return lambda: comm.all_reduce(array), array.fill, array
+
+    def training(self, job: Training) -> Callable[[], Any]:
+        from minidp import nn, optim, parallel
+        from minidp.nn.functional import cross_entropy
+
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(job.widths, job.widths[1:]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        model = nn.Sequential(*layers[:-1])
+        model.load_state_dict(job.state())
+        strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=LEARNING_RATE), self.comm)
+        x, y = job.batch_of(self.rank)
+
+        def step() -> Any:
+            loss = strategy.forward_backward(x, y, cross_entropy)
+            strategy.step()
+            return loss
+
+        return step
+
+
+def main(socket: str, world_size: int) -> None:
+    """One rank in this process, or ``world_size`` that it starts."""
+    if world_size == 1:
+        serve(Ours(comm_self()), socket)
+    else:
+        minidp.spawn(_rank, world_size, socket, blas_threads=1, progress=False)
+
+
+def _rank(comm: Communicator, socket: str) -> None:
+    serve(Ours(comm), socket)

@@ -1,0 +1,237 @@
+"""The bench as a command: its JSON, absent peers, peers that fail, and that no process outlives it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidp.bench import allreduce, cli, jobs, machine, roster, scaling
+from minidp.bench.contest import Rounds, contest
+from minidp.bench.roster import Entrant
+from minidp.bench.screen import Screen
+from minidp.bench.team import PeerFailed, Team
+from tests import leftovers
+
+needs_mpich = pytest.mark.skipif(roster.MPICH.missing() is not None, reason="needs mpi4py and mpich")
+needs_torch = pytest.mark.skipif(roster.DDP.missing() is not None, reason="needs torch")
+
+
+@pytest.fixture
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if only minidp's own dependencies were installed."""
+    installed = machine.version_of
+    absent = {"torch", "mpi4py", "mpich"}
+    monkeypatch.setattr(machine, "version_of", lambda package: None if package in absent else installed(package))
+
+
+def run_bench(path: Path, *arguments: str) -> dict[str, Any]:
+    assert cli.main([*arguments, "--json", str(path)]) == 0
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
+def check_schema(report: dict[str, Any], bench: str, pairs: int) -> None:
+    assert report["bench"] == bench
+    assert report["pairs"] == pairs
+    assert report["proper"] is (pairs >= 9)
+    assert {"date", "cpu", "cores", "python", "versions", "load_average_1min", "blas_threads"} <= set(
+        report["machine"]
+    )
+    assert set(report["machine"]["versions"]) == {"minidp", "numpy", "torch", "mpi4py", "mpich"}
+    for line in report["lines"]:
+        assert line["job"]
+        assert line["who"]
+        assert len(line["samples_s"]) == pairs
+        assert all(seconds > 0 for seconds in line["samples_s"])
+        if "comparison" in line:
+            comparison = line["comparison"]
+            assert set(comparison) == {"what", "median", "quartiles", "bar", "met"}
+            assert comparison["met"] in ((True, False) if comparison["bar"] else (None,))
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_allreduce_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_bench(
+        tmp_path / "out.json", "allreduce", "--pairs", "2", "--burst", "0.005", "--sizes", "4", "2M"
+    )
+    check_schema(report, "allreduce", 2)
+    assert [(line["job"], line["who"]) for line in report["lines"]] == [
+        ("4 B", "minidp ×2"),
+        ("2 MB", "minidp ×2"),
+    ]
+    for line in report["lines"]:
+        assert line["busbw_GB_per_s"] == line["algbw_GB_per_s"] > 0
+    assert report["missing"] == [
+        "MPICH is missing: mpi4py and mpich are not installed here; python -m pip install mpi4py mpich",
+        "gloo is missing: torch is not installed here; python -m pip install torch==2.13.0",
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "SMOKE RUN of 2 rounds, not a measurement (9 rounds are)" in printed
+    assert all(sentence in printed for sentence in report["missing"])
+    assert "No bar could be checked." in printed
+    assert "torch absent" in printed
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_scaling_alone_compares_two_workers_with_one(tmp_path: Path) -> None:
+    report = run_bench(tmp_path / "out.json", "scaling", "--quick")
+    check_schema(report, "scaling", 1)
+    assert [line["who"] for line in report["lines"]] == ["minidp ×1", "minidp ×2"] * 3
+    for one, two in zip(report["lines"][::2], report["lines"][1::2]):
+        assert "comparison" not in one
+        assert two["comparison"]["what"] == "×2 / ×1"
+        assert two["comparison"]["median"] == pytest.approx(2 * one["samples_s"][0] / two["samples_s"][0])
+        assert one["job"] == two["job"]
+        assert two["samples_per_s"] == pytest.approx(two["steps_per_s"] * 2 * int(two["job"].split()[-1]))
+    assert len(report["missing"]) == 3
+
+
+def test_startup(tmp_path: Path) -> None:
+    report = run_bench(tmp_path / "out.json", "startup", "--quick")
+    check_schema(report, "startup", 1)
+    assert [line["who"] for line in report["lines"]] == [
+        "import numpy",
+        "import minidp",
+        "all that trains",
+        "first",
+        "second",
+    ]
+
+
+@needs_mpich
+def test_all_reduce_beside_mpich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allreduce, "ENTRANTS", (roster.OURS_2, roster.MPICH))
+    report = run_bench(tmp_path / "out.json", "allreduce", "--quick", "--sizes", "4K")
+    check_schema(report, "allreduce", 1)
+    assert report["missing"] == []
+    ours, mpich = report["lines"]
+    assert mpich["comparison"]["what"] == "MPICH / ours"
+    assert mpich["comparison"]["median"] == pytest.approx(mpich["samples_s"][0] / ours["samples_s"][0])
+    assert mpich["comparison"]["bar"] == "≥ 1"
+
+
+@needs_mpich
+@needs_torch
+def test_two_workers_train_as_pytorch_with_mpi_does() -> None:
+    """``Contest.run`` compares their losses after four updates from the same weights: it raises if they differ."""
+    with Screen() as screen, contest((roster.OURS_2, roster.TORCH_MPICH), screen) as teams:
+        assert teams.missing == []
+        assert set(teams.run(jobs.TINY, Rounds(1, 0.01))) == {"ours", "torch_mpich"}
+
+
+@pytest.mark.soak  # four processes import PyTorch
+@needs_mpich
+@needs_torch
+def test_all_contestants_train_alike() -> None:
+    with Screen() as screen:
+        report = scaling.run(Rounds(1, 0.01), screen, (jobs.TINY,))
+    assert report.missing == []
+    assert [(line.who, line.what, line.result and str(line.result.bar)) for line in report.lines] == [
+        ("minidp ×1", "ours / eager", "≤ 0.4"),
+        ("PyTorch eager", "", None),
+        ("minidp ×2", "×2 / ×1", "≥ 1.55"),
+        ("PyTorch DDP", "DDP / ours", "≥ 28"),
+        ("PyTorch+MPICH", "MPICH / ours", "≥ 3"),
+    ]
+
+
+def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["allreduce", "--help"], ["scaling", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert "ours, peer, ours, peer" in text
+        assert "pip install torch==2.13.0 mpi4py mpich" in text
+    assert "--pairs N" in text
+    assert "--json FILE" in text
+
+
+SAYS_HELLO = """
+import os, sys, time
+from multiprocessing.connection import Client
+from minidp.bench.peers.serve import Hello
+connection = Client(sys.argv[1], "AF_UNIX")
+connection.send(Hello(int(sys.argv[2]), os.getpid(), int(sys.argv[3])))
+"""
+
+
+def team(folder: Path, code: str, *arguments: tuple[int, int]) -> Team:
+    """Ranks that run ``code``; ``arguments`` are their rank and threads."""
+    commands = [[sys.executable, "-c", code, "SOCKET", *map(str, each)] for each in arguments]
+    return Team("a peer", commands, len(commands), folder / "socket")
+
+
+def test_a_peer_that_does_not_start(tmp_path: Path) -> None:
+    with team(tmp_path, "raise SystemExit('no libmpi here')", (0, 1)) as peer, pytest.raises(PeerFailed) as failed:
+        peer.gather()
+    assert str(failed.value) == "a peer ended before all of its ranks were ready\n    no libmpi here"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peer_that_dies_while_another_of_its_ranks_waits(tmp_path: Path) -> None:
+    code = SAYS_HELLO + "connection.recv()\nif sys.argv[2] == '0': time.sleep(60)\nraise SystemExit('too hot')"
+    start = time.monotonic()
+    peer = team(tmp_path, code, (0, 1), (1, 1))
+    with peer:
+        peer.gather()
+        with pytest.raises(PeerFailed, match=r"(?s)a peer died.*too hot"):
+            peer.prepare(jobs.AllReduce(4))
+        peer._processes[0].kill()  # it sleeps, and would be given time to leave
+    assert time.monotonic() - start < 10
+
+
+def test_a_peer_with_two_threads_is_refused(tmp_path: Path) -> None:
+    with team(tmp_path, SAYS_HELLO, (0, 2)) as peer, pytest.raises(PeerFailed, match="2 threads in rank 0"):
+        peer.gather()
+
+
+def test_a_peer_that_fails_is_missing_and_we_are_not_stopped() -> None:
+    broken = Entrant("Broken", "broken", "broken", "no_such_module", 1, ("numpy",))
+    with Screen() as screen, contest((broken, roster.OURS_1), screen) as teams:
+        assert list(teams.teams) == ["ours_1"]
+        (sentence,) = teams.missing
+        assert sentence.startswith("Broken is missing: Broken ended before all of its ranks were ready")
+        assert "no_such_module" in sentence
+        assert teams.teams["ours_1"].prepare(jobs.TINY) > 0
+
+
+def test_an_mpi_without_a_launcher_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "version_of", lambda package: "1.0")
+    monkeypatch.setattr(roster, "mpiexec", lambda: None)
+    assert roster.MPICH.missing() == (
+        "MPICH is missing: mpiexec is not installed here; python -m pip install mpi4py mpich"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_nothing_is_left_behind(number: signal.Signals) -> None:
+    code = """
+import sys
+from minidp.bench import cli, machine
+machine.version_of = lambda package: None
+from minidp.bench.screen import Screen
+Screen.tick = lambda self: print("burst", flush=True)
+sys.exit(cli.main(["scaling", "--pairs", "500", "--burst", "0.02"]))
+"""
+    before = leftovers.segments()
+    script = leftovers.Script(code)
+    try:
+        script.wait_for_line("burst")
+        assert len(leftovers.processes(script.token)) >= 5  # itself, one worker, two workers, who started them
+        script.process.send_signal(number)
+        status, _, errors = script.finish()
+        assert leftovers.gone_within(script.token, 5) is not None
+    finally:
+        script.clean()
+    assert leftovers.segments() == before
+    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    if number is signal.SIGINT:
+        assert "interrupted; all contestants have ended" in errors
+        assert "Traceback" not in errors
