@@ -212,7 +212,7 @@ def _made(function: Any) -> Any:
 
 
 _UFUNCS = ["add", "subtract", "multiply", "divide", "negative", "exp", "log", "sqrt", "tanh"]
-_UFUNCS += ["maximum", "minimum", "reciprocal", "matmul", "greater", "isfinite"]
+_UFUNCS += ["maximum", "minimum", "reciprocal", "matmul", "copysign", "isfinite"]
 xp = SimpleNamespace(
     __name__="device_double",
     ndarray=DeviceArray,

@@ -87,6 +87,9 @@ def test_meter_counts_operations_and_flops_each_way():
         (Tensor(w, requires_grad=True) @ np.ones((3, 2))).sum()
     assert m.operations == 2
     assert m.flops == 2 * 7 * 3 * 2 + 14
+    with backend.meter() as m:
+        (Tensor(w, requires_grad=True) @ Tensor(np.ones((3, 2)), requires_grad=True)).backward(np.ones((7, 2)))
+    assert (m.operations, m.flops) == (2, 3 * 2 * 7 * 3 * 2)
 
 
 def test_meters_nest_and_end_with_their_block():

@@ -103,3 +103,12 @@ def test_pickles_and_deep_copies_hold_data_alone():
     b, c = copy.deepcopy([a, a])
     assert b is c
     assert type(b) is nn.Parameter
+
+
+def test_tensors_of_pytorch_are_copied_with_their_dtype():
+    torch = pytest.importorskip("torch")
+    theirs = torch.ones(3, dtype=torch.float64)
+    ours = minidp.tensor(theirs)
+    theirs += 1
+    assert ours.dtype == np.float64
+    assert np.array_equal(ours, [1, 1, 1])

@@ -60,6 +60,14 @@ def test_equal_keys_give_equal_masks_whatever_ran_before():
     assert masks(two_layers(), seed=1, update=5, rank=2) == first
 
 
+def test_the_key_is_layer_update_rank_and_call():
+    model = two_layers(0.3)
+    with nn.dropout_scope(seed=7, update=5, rank=2):
+        outputs = [model[1][0](X) for _ in range(3)]
+    for call, y in enumerate(outputs):
+        assert np.array_equal(y, F.dropout(X, 0.3, key=("dropout", "1.0", 5, 2, call), seed=7))
+
+
 def test_each_part_of_the_key_matters():
     model = two_layers()
     keys = [{}, {"seed": 1}, {"update": 1}, {"rank": 1}, {"update": 1, "rank": 1}, {"seed": 1, "update": 1}]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minidp import nn
 from minidp.autograd import Tensor
 from minidp.nn import functional as F
-from minidp.nn.normal import normal_cdf
+from minidp.nn.normal import normal_tail
 
 
 def layers():
@@ -117,18 +117,30 @@ def test_mse_loss_is_the_mean_over_all_elements():
     assert np.array_equal(x.grad, 2 * (a - 1))
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 2e-15), (np.float32, 4e-7)])
-def test_normal_distribution_function_against_the_standard_library(dtype, bound):
-    x = np.concatenate([np.linspace(-14, 14, 20001), [0.0, -0.0, 1e-30, 40, -40, np.inf, -np.inf]]).astype(dtype)
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 2e-15), (np.float32, 3e-7)])
+def test_tail_of_the_normal_distribution_against_the_standard_library(dtype, bound):
+    a = np.concatenate([np.linspace(0, 14, 20001), [1e-30, 40, 1e10, np.inf]]).astype(dtype)
     with np.errstate(under="ignore"):
-        cdf, density = normal_cdf(x, np)
-    assert cdf.dtype == density.dtype == dtype
-    exact = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in x.astype(float)])
-    assert np.abs(cdf - exact).max() < bound
-    tail = (x < -1) & (x > -5)
-    assert (np.abs(cdf - exact)[tail] / exact[tail]).max() < 20 * bound  # small where Φ is small
-    assert np.abs(density - np.exp(-(x.astype(float) ** 2) / 2) / math.sqrt(2 * math.pi)).max() < bound
-    assert np.array_equal(cdf[-2:], [1, 0])
+        tail, density = normal_tail(a, np)
+    assert tail.dtype == density.dtype == dtype
+    exact = np.array([math.erfc(v / math.sqrt(2)) / 2 for v in a.astype(float)])
+    assert np.abs(tail - exact).max() < bound
+    far = (a > 1) & (a < 5)
+    assert (np.abs(tail - exact)[far] / exact[far]).max() < 10 * bound  # small errors where the tail is small
+    assert np.abs(density - np.exp(-(a.astype(float) ** 2) / 2) / math.sqrt(2 * math.pi)).max() < bound
+    assert np.array_equal(tail[-3:], [0, 0, 0])
+
+
+def test_gelu_of_large_and_tiny_values():
+    x = np.array([0.0, -0.0, 1e-30, -1e-30, 20, -20, -5], np.float64)
+    assert np.allclose(F.gelu(x), [0, 0, 5e-31, -5e-31, 20, 0, -5 * math.erfc(5 / math.sqrt(2)) / 2], rtol=1e-13)
+
+
+def test_gelu_by_its_tanh_formula():
+    x = np.linspace(-4, 4, 9)
+    by_hand = [v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x]
+    assert np.allclose(F.gelu(x, "tanh"), by_hand, rtol=1e-13)
+    assert np.abs(F.gelu(x, "tanh").numpy() - F.gelu(x).numpy()).max() < 5e-4
 
 
 def test_relu_of_special_values():

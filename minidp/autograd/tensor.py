@@ -11,7 +11,7 @@ import numpy as np
 from minidp.autograd import ops
 from minidp.autograd.engine import backward
 from minidp.autograd.function import Function, grad_enabled
-from minidp.backend import Array, array_module, array_types, asarray, to_numpy
+from minidp.backend import Array, array_module, array_types, asarray, find_module, to_numpy
 
 Axis = int | tuple[int, ...] | None
 
@@ -245,11 +245,11 @@ def tensor(data: Any, requires_grad: bool = False) -> Tensor:
     """
     if isinstance(data, Tensor):
         data = data.data
-    if type(data) in array_types or hasattr(data, "dtype"):
-        xp = array_module(data)
+    xp = find_module(data)
+    if xp is not None:
         return Tensor(xp.array(data, copy=True), requires_grad)
     array = np.array(data)
-    if array.dtype == np.float64:
+    if array.dtype == np.float64 and not hasattr(data, "dtype"):  # other libraries' arrays keep theirs too
         array = array.astype(np.float32)
     return Tensor(array, requires_grad)
 

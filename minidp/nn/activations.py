@@ -7,7 +7,7 @@ from typing import Any
 
 from minidp.autograd.function import Function, rows
 from minidp.backend import Array, asarray, generator
-from minidp.nn.normal import normal_cdf
+from minidp.nn.normal import normal_tail
 
 
 class Linear(Function):
@@ -58,14 +58,18 @@ class Linear(Function):
         return product + bias, product * sum(self.needs[:2]) + bias * sum(self.needs[2:])
 
 
+def zero_row(x: Array, xp: Any) -> Array:
+    """A row of zeros to compare `x` with: maximum(x, 0) takes NumPy twice as long as maximum(x, row)."""
+    return xp.zeros(x.shape[-1:], dtype=x.dtype)
+
+
 class ReLU(Function):
     """max(x, 0); the derivative at 0 is 0."""
 
     fresh = True
 
     def forward(self, x: Array) -> Array:
-        zeros = self.xp.zeros(x.shape[-1:], dtype=x.dtype)  # a row: NumPy's maximum(x, 0) takes twice as long
-        self.saved = y = self.xp.maximum(x, zeros)
+        self.saved = y = self.xp.maximum(x, zero_row(x, self.xp))
         return y
 
     def backward(self, grad: Array) -> Any:
@@ -92,23 +96,33 @@ class GELU(Function):
     fresh = True
 
     def forward(self, x: Array, approximate: str = "none") -> Array:
-        xp, dtype = self.xp, x.dtype
+        dtype = x.dtype
         if dtype.itemsize < 4:
             x = x.astype("float32")
-        if approximate == "none":
-            cdf, density = normal_cdf(x, xp)
-            slope = x * density
-        elif approximate == "tanh":  # Φ(x) ≈ (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³)
-            square = x * x
-            t = xp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * square))
-            cdf = 0.5 + 0.5 * t
-            slope = 0.5 * x * (1 - t * t) * (math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * square))
-        else:
-            raise ValueError(f'gelu: approximate must be "none" or "tanh", not {approximate!r}')
-        y = x * cdf
-        slope += cdf
+        y, slope = self.exact(x) if approximate == "none" else self.tanh(x)
         self.saved = slope.astype(dtype, copy=False)
         return y.astype(dtype, copy=False)
+
+    def exact(self, x: Array) -> tuple[Array, Array]:
+        """x·Φ(x) = max(x, 0) − |x|·tail(|x|), and its derivative Φ(x) + x·φ(x), which is ½ + an odd function."""
+        a = self.xp.abs(x)
+        tail, density = normal_tail(a, self.xp)
+        slope = density
+        slope *= a
+        slope -= tail
+        slope += 0.5
+        slope = self.xp.copysign(slope, x)
+        slope += 0.5
+        a *= tail
+        return self.xp.maximum(x, zero_row(x, self.xp)) - a, slope
+
+    def tanh(self, x: Array) -> tuple[Array, Array]:
+        """Φ(x) ≈ (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³)."""
+        square = x * x
+        t = self.xp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * square))
+        cdf = 0.5 + 0.5 * t
+        slope = 0.5 * x * (1 - t * t) * (math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * square))
+        return x * cdf, slope + cdf
 
     def backward(self, grad: Array) -> Any:
         return grad * self.saved

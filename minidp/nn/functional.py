@@ -45,6 +45,8 @@ def tanh(x: Any) -> Tensor:
 
 def gelu(x: Any, approximate: str = "none") -> Tensor:
     """x · Φ(x), elementwise, or with ``approximate="tanh"`` the approximation that GPT-2 uses."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu: approximate must be "none" or "tanh", not {approximate!r}')
     return _act.GELU.apply(x, approximate=approximate)
 
 
