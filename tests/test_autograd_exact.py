@@ -93,6 +93,8 @@ def test_scalars():
     a, b = (Tensor(np.array(Fraction(v), dtype=object), requires_grad=True) for v in (3, 5))
     (a * b / 2 - a).backward()
     assert (a.grad.item(), b.grad.item()) == (Fraction(3, 2), Fraction(3, 2))
+    (-(a**2)).backward()
+    assert a.grad.item() == Fraction(3, 2) - 6
 
 
 def test_gradient_n_gives_the_sum_over_samples():

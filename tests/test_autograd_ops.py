@@ -154,7 +154,8 @@ def test_gradients_are_nobody_elses_memory(op, shapes):
     out = op.function(*tensors)
     gradient = np.ones(out.shape)
     out.backward(gradient)
-    grads = [t.grad.data for t in tensors]
+    grads = [t._grad for t in tensors]
+    assert all(type(grad) is np.ndarray for grad in grads)  # never a scalar of NumPy
     for i, grad in enumerate(grads):
         others = [gradient, out.data, *(t.data for t in tensors), *grads[:i]]
         assert not any(np.shares_memory(grad, other) for other in others)

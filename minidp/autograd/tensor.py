@@ -248,10 +248,9 @@ def tensor(data: Any, requires_grad: bool = False) -> Tensor:
     xp = find_module(data)
     if xp is not None:
         return Tensor(xp.array(data, copy=True), requires_grad)
-    array = np.array(data)
-    if array.dtype == np.float64 and not hasattr(data, "dtype"):  # other libraries' arrays keep theirs too
-        array = array.astype(np.float32)
-    return Tensor(array, requires_grad)
+    array = np.asarray(data)
+    narrow = array.dtype == np.float64 and not hasattr(data, "dtype")  # other libraries' arrays keep theirs too
+    return Tensor(array.astype(np.float32 if narrow else array.dtype), requires_grad)
 
 
 @contextmanager
