@@ -92,6 +92,28 @@ def test_meter_counts_operations_and_flops_each_way():
     assert (m.operations, m.flops) == (2, 3 * 2 * 7 * 3 * 2)
 
 
+@pytest.mark.parametrize(
+    ("function", "inputs", "forward", "backward"),
+    [
+        (lambda a: F.relu(a), [(5, 4)], 20, 20),
+        (lambda a, b: a + b, [(5, 4), (4,)], 20, 40),  # an elementwise operation: one per element of the result
+        (lambda a: a.sum(), [(5, 4)], 20, 20),  # a reduction: one per element of the input
+        (lambda a: F.cross_entropy(a, np.zeros(5, int)), [(5, 4)], 120, 40),
+        (lambda a, b: F.mse_loss(a, b), [(5, 4), (5, 4)], 60, 40),
+        (lambda a, b, c: F.linear(a, b, c), [(5, 4), (3, 4), (3,)], 120 + 15, 240 + 15),
+        (lambda a, b: F.linear(a, b), [(5, 4), (3, 4)], 120, 240),
+    ],
+)
+def test_estimates_of_flops(function, inputs, forward, backward):
+    tensors = [Tensor(np.ones(shape), requires_grad=True) for shape in inputs]
+    with backend.meter() as m:
+        out = function(*tensors)
+    assert m.flops == forward
+    with backend.meter() as m:
+        out.backward(np.ones(out.shape))
+    assert m.flops == backward
+
+
 def test_meters_nest_and_end_with_their_block():
     assert backend.current_meter() is None
     with backend.meter() as outer:
