@@ -26,9 +26,11 @@ Array = npt.NDArray[Any]
 @contextmanager
 def contiguous(x: Array) -> Iterator[Array]:
     """``x`` as a flat C-contiguous array; what is written there is in ``x`` afterwards."""
-    flat = np.ascontiguousarray(x).reshape(-1)
-    yield flat
-    if not np.shares_memory(flat, x):
+    if x.flags.c_contiguous:
+        yield x.reshape(-1)
+    else:
+        flat = x.flatten()
+        yield flat
         x[...] = flat.reshape(x.shape)
 
 
