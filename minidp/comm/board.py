@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minidp.comm.arena import PAGE, REGION, Arena, round_up
+from minidp.comm.arena import REGION, Arena, round_up
 
 STARTING, RUNNING, RETURNED = 0, 1, 2
 NOBODY = -1  # waits for any rank, not for one
@@ -42,17 +42,21 @@ class Board:
 
     def __init__(self, arena: Arena, world_size: int) -> None:
         self.world_size = world_size
-        size = _HEAD + _RECORD * world_size
-        self._view = arena.map((arena.regions - 1) * REGION, round_up(size)).data
+        self._view = arena.map((arena.regions - 1) * REGION, self.nbytes(world_size)).data
         self._head = self._view.cast("q")
         self._records = [
             self._view[_HEAD + _RECORD * r : _HEAD + _RECORD * (r + 1)].cast("q") for r in range(world_size)
         ]
 
     @staticmethod
+    def nbytes(world_size: int) -> int:
+        """Bytes that the board takes."""
+        return round_up(_HEAD + _RECORD * world_size)
+
+    @staticmethod
     def reserve(arena: Arena, world_size: int) -> None:
         """Reserve the board's memory; once, by the parent."""
-        size = round_up(_HEAD + _RECORD * world_size, PAGE)
+        size = Board.nbytes(world_size)
         arena.reserve(arena.take(arena.regions - 1, size), size)
 
     def close(self) -> None:
@@ -131,7 +135,7 @@ class Board:
 
     def progress(self, rank: int, done: int, total: int, note: str | None) -> None:
         record = self._records[rank]
-        record[_DONE], record[_TOTAL] = done, total
+        record[_DONE], record[_TOTAL] = done, total or record[_TOTAL]
         if note is not None:
             record[_NOTE_LEN] = self._write(_HEAD + _RECORD * rank + _NOTE, note, _TEXT)
 

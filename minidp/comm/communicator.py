@@ -79,7 +79,7 @@ class Communicator(ABC):
         """No operation works afterwards. Not collective."""
 
     def progress(self, done: int, total: int = 0, note: str | None = None) -> None:  # noqa: B027
-        """Tell whoever launched the run how far this rank is: ``done`` of ``total`` steps (0: not known)."""
+        """Tell whoever launched the run how far this rank is: ``done`` of ``total`` steps (0: as said before)."""
 
     def begin(self, operation: str, detail: str = "") -> int:
         """Start a collective: check that all ranks mean the same one. Its tag: a negative number of its own."""

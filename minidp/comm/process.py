@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,9 @@ class ProcessCommunicator(Communicator):
         self._closed = False
         self._children: list[Communicator] = []
         rendezvous.progress = self._pump
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a communicator can't be pickled: it belongs to its rank, and lives as long as the run")
 
     def __repr__(self) -> str:
         return f"ProcessCommunicator(rank={self.rank}, world_size={self.world_size}, {self._rendezvous.name!r})"
@@ -96,20 +99,21 @@ class ProcessCommunicator(Communicator):
         if nbytes < 0:
             raise ValueError(f"allocate: nbytes={nbytes} must be 0 or more")
         arena = self._rendezvous.arena
-        offset = arena.take(self._world_rank, nbytes)
-        asked = self.all_gather_object((nbytes, offset, available_bytes()))
-        total, free = sum(n for n, _, _ in asked), min(room for _, _, room in asked)
+        asked = self.all_gather_object((nbytes, available_bytes()))
+        total, free = sum(size for size, _ in asked), min(room for _, room in asked)
         if total > free:
             raise MemoryError(not_enough(total, free))
+        place: int | str  # where, or why not: the others must know, or they would wait
         try:
-            arena.reserve(offset, nbytes)
-            failure = None
+            place = arena.take(self._world_rank, nbytes)
+            arena.reserve(place, nbytes)
         except MemoryError as error:
-            failure = str(error)
-        failures = [message for message in self.all_gather_object(failure) if message is not None]
-        if failures:
-            raise MemoryError(failures[0])
-        return [arena.map(place, size, populate=True) for size, place, _ in asked]
+            place = str(error)
+        places = self.all_gather_object(place)
+        for problem in places:
+            if isinstance(problem, str):
+                raise MemoryError(problem)
+        return [arena.map(place, size, populate=True) for place, (size, _) in zip(places, asked)]
 
     def now(self) -> float:
         return time.perf_counter()

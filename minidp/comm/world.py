@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 
-from minidp.comm.arena import REGION, Arena
+from minidp.comm.arena import REGION, Arena, available_bytes, not_enough
 from minidp.comm.board import Board
 from minidp.comm.process import ProcessCommunicator
-from minidp.comm.rendezvous import Rendezvous
+from minidp.comm.rendezvous import Rendezvous, control_bytes
 from minidp.comm.traffic import Traffic
 from minidp.comm.vigil import Watch
 
 
 def reserve_world(world_size: int) -> Arena:
-    """The arena of a new run, with its board and every rank's block of the world group: the parent's part."""
+    """The arena of a new run, with its board and every rank's block of the world group: the parent's part.
+
+    MemoryError, in bytes, if there is too little; nothing is taken then.
+    """
+    needed, free = world_size * control_bytes(world_size) + Board.nbytes(world_size), available_bytes()
+    if needed > free:
+        raise MemoryError(not_enough(needed, free))
     arena = Arena.create(world_size + 1)
     Board.reserve(arena, world_size)
     for rank in range(world_size):
