@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import threadpoolctl
 
 VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -21,13 +22,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_per_rank(world_size: int, asked: int | None = None) -> int:
+def threads_per_rank(world_size: int, asked: Any = None) -> int:
     """BLAS threads for each of ``world_size`` ranks: ``asked``, or cores ÷ ranks, at least 1."""
     if asked is None:
         return max(1, cores() // world_size)
-    if asked < 1:
-        raise ValueError(f"blas_threads={asked}: give at least 1, or None for cores ÷ ranks")
-    return asked
+    if not isinstance(asked, int | np.integer) or isinstance(asked, bool) or asked < 1:
+        raise ValueError(f"blas_threads={asked!r}: give a whole number, at least 1, or None for cores ÷ ranks")
+    return int(asked)
 
 
 def limit(threads: int) -> None:

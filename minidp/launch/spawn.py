@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cloudpickle
+import numpy as np
 
 from minidp.comm.board import Board
 from minidp.comm.world import reserve_world
@@ -62,6 +63,7 @@ def spawn(
         KeyboardInterrupt: after the workers are gone. After any ending no process, descriptor or segment is left.
     """
     _check(fn, world_size, world, device, timeout_s)
+    world_size = int(world_size)
     threads = blas.threads_per_rank(world_size, blas_threads)
     surroundings = worker.Surroundings.here(threads)
     function = _pack(fn, args)
@@ -93,14 +95,14 @@ def spawn(
             arena.close()
 
 
-def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: float) -> None:
+def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: Any) -> None:
     if worker.inside_worker:
         raise RuntimeError(
             "spawn was called inside a worker of another spawn: call it in the parent; comm.split makes groups"
         )
     if not callable(fn):
         raise TypeError(f"fn must be a function of (comm, *args), not {type(fn).__name__}")
-    if not isinstance(world_size, int) or isinstance(world_size, bool):
+    if not isinstance(world_size, int | np.integer) or isinstance(world_size, bool):
         raise TypeError(f"world_size must be a whole number, not {world_size!r}")
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: at least one rank is needed")
@@ -108,8 +110,8 @@ def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: float) 
         raise ValueError(f"unknown world {world!r}; valid: {', '.join(map(repr, WORLDS))}")
     if device not in DEVICES:
         raise ValueError(f"unknown device {device!r}; valid: {', '.join(map(repr, DEVICES))}")
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s={timeout_s}: give a positive number of seconds")
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s > 0:
+        raise ValueError(f"timeout_s={timeout_s!r}: give a positive number of seconds")
 
 
 def _pack(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:

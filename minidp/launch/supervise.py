@@ -38,13 +38,16 @@ class Worker:
     gone: bool = False
     pending: list[Any] = field(default_factory=list)
 
+    def stop(self) -> None:
+        """Kill it if it lives."""
+        self.lifeline.close()
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.join(2)
+
     def end(self) -> None:
         """Kill it if it lives; then its pipes close without waiting for anybody."""
-        self.lifeline.close()
-        if not self.gone:
-            with contextlib.suppress(OSError, ValueError):
-                self.process.kill()
-        self.process.join(2)
+        self.stop()
         self.log.close()
         self.report.close()
         with contextlib.suppress(ValueError):
@@ -68,8 +71,20 @@ def run(workers: list[Worker], board: Board, display: Display) -> list[Any]:
             if now > (tidy_deadline if patient else deadline):
                 break
     if failure is not None:
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            _drain(worker, display, to_the_end=True)  # what the others had said before the news
         raise failure
-    return [pickle.loads(worker.outcome[1]) for worker in workers if worker.outcome]
+    return [_returned(worker) for worker in workers]
+
+
+def _returned(worker: Worker) -> Any:
+    assert worker.outcome is not None
+    try:
+        return pickle.loads(worker.outcome[1])
+    except Exception as error:
+        raise TypeError(f"what rank {worker.rank} returned can't be unpickled here: {error!r}") from error
 
 
 def _read(workers: list[Worker], board: Board, display: Display) -> None:
@@ -117,8 +132,10 @@ def _failure(worker: Worker, world_size: int) -> Exception | None:
     """What went wrong with this worker, as the exception that the parent raises, or None."""
     who = f"rank {worker.rank} of {world_size}"
     if worker.outcome is not None and worker.outcome[0] == "raised":
-        kind, text, trace, data, _ = pickle.loads(worker.outcome[1])
-        cause = pickle.loads(data)
+        kind, text, trace, data = pickle.loads(worker.outcome[1])
+        cause = None
+        with contextlib.suppress(Exception):  # a class that only the worker knows: the traceback tells all
+            cause = pickle.loads(data)
         failed = _class_for(cause)(f"{who} raised {kind}: {text}", worker.rank)
         failed.add_note(f"\nTraceback of rank {worker.rank}:\n{trace}")
         failed.__cause__ = cause

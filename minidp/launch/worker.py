@@ -17,7 +17,6 @@ from typing import Any
 
 import cloudpickle
 
-from minidp.comm import errors
 from minidp.comm.arena import Arena
 from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs
@@ -103,9 +102,9 @@ def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> Non
             report.send_bytes(message[0].encode() + b"\0" + data)
 
     sys.stdout, sys.stderr = _ToParent(send, "stdout"), _ToParent(send, "stderr")
-    job.surroundings.take_over()
-    logs.send_to(log, job.surroundings.log_levels)
     try:
+        job.surroundings.take_over()
+        logs.send_to(log, job.surroundings.log_levels)
         message = _run(job)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt: a rank that ends so has failed
         message = ("raised", _pack(error))
@@ -139,11 +138,11 @@ def _run(job: Job) -> tuple[str, Any]:
 def _pack(error: BaseException) -> bytes:
     """An exception with its traceback as text; the exception itself only if it survives the journey."""
     trace = "".join(traceback.format_exception(error))
-    try:
-        data = cloudpickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        data = cloudpickle.dumps(None)
-    kind = type(error).__name__
-    blame = error.rank if isinstance(error, errors.RankFailed) else None
-    return cloudpickle.dumps((kind, str(error), trace, data, blame))  # type: ignore[no-any-return]
+    kind, text = type(error).__name__, ""
+    data = cloudpickle.dumps(None)
+    with contextlib.suppress(BaseException):  # the user's __str__ and __reduce__ may do anything
+        text = str(error)
+        there_and_back = cloudpickle.dumps(error)
+        pickle.loads(there_and_back)
+        data = there_and_back
+    return cloudpickle.dumps((kind, text, trace, data))  # type: ignore[no-any-return]
