@@ -61,10 +61,11 @@ def test_allreduce_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         tmp_path / "out.json", "allreduce", "--pairs", "2", "--burst", "0.005", "--sizes", "4", "2M"
     )
     check_schema(report, "allreduce", 2)
+    whos = ["minidp ×2", "minidp slab"]
     assert [(line["job"], line["who"]) for line in report["lines"]] == [
-        ("4 B", "minidp ×2"),
-        ("2 MB", "minidp ×2"),
+        (n, w) for n in ("4 B", "2 MB") for w in whos
     ]
+    assert [line["comparison"]["what"] for line in report["lines"] if "comparison" in line] == ["slab / ours"] * 2
     for line in report["lines"]:
         assert line["busbw_GB_per_s"] == line["algbw_GB_per_s"] > 0
     assert report["missing"] == [

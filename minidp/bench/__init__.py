@@ -10,9 +10,10 @@ other do not. So all contestants are started first, wait blocked on a socket, an
 ours, peer, ours, peer, …; what is printed are medians over such rounds.
 
     jobs.py      what is done: an all-reduce of n bytes, a training step of an MLP
-    peers/       who does it, a file each; runs as processes of its own
+    peers/       how each contestant does it, a file each; runs in processes of its own
+    roster.py    the contestants: what each needs, how its processes are launched
     team.py      the processes of one contestant: start, command, end
+    contest.py   all teams that can start, and the same job for each
     measure.py   rounds, medians, ratios, bars
-    report.py    the table and the JSON file
-    machine.py   the header line; what is installed and what is missing
+    report.py    the table and the JSON file; machine.py its header line, screen.py the progress before it
 """

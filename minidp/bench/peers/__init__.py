@@ -2,6 +2,7 @@
 
     serve.py    what all have in common: connect, prepare a job, run bursts of it
     ours.py     minidp: one process alone, or ranks that ``minidp.spawn`` starts
+    slab.py     minidp's zero-copy exchange, for allreduce
     eager.py    PyTorch, one process
     ddp.py      PyTorch DistributedDataParallel over gloo
     mpich.py    mpi4py over MPICH, under mpiexec; training is PyTorch with one all-reduce of all gradients
