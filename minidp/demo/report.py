@@ -119,7 +119,7 @@ def show(console: Console, result: Outcome) -> None:
 def explain(result: Outcome) -> str:
     workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
     if result.relative_difference < 1e-3:
-        same = f"{workers} and one end at the same w, up to float32's rounding (sums in another order)."
+        same = f"{workers} and one end at the same w, but for float32's rounding of sums."
     else:
         same = "[red]The two ended at different w: this should not happen; please report it.[/]"
     if result.speedup_strong > 1:
