@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 import minidp
-from minidp import trace
+from minidp import parallel, trace
 from minidp.demo import report
 from minidp.demo.train import DEFAULT_LR, OPTIMIZERS, Job, Result, train
 from minidp.launch import cores
@@ -58,8 +59,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("workers", "epochs", "global_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.lr is not None and not args.lr > 0:
-        parser.error("--lr must be positive")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error("--lr must be positive and finite")
+    for name, path in (("json", args.json), ("trace", args.trace)):  # now, not after the training
+        if path is not None and path.is_dir():
+            parser.error(f"--{name} {path}: this is a folder, give a file")
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.parent}")
     return args
 
 
@@ -85,12 +91,19 @@ def main(argv: list[str] | None = None) -> int:
     one: list[Result] = []
     many: list[Result] = []
     events: list[trace.Event] = []
-    for _ in range(ROUNDS):
-        one.append(run(1, job)[0])
-        results = run(args.workers, job)
-        many.append(results[0])
-        events = [event for result in results for event in result.events]
-    weak = run(args.workers, weak_job)[0]
+    try:
+        for _ in range(ROUNDS):
+            one.append(run(1, job)[0])
+            results = run(args.workers, job)
+            many.append(results[0])
+            events = [event for result in results for event in result.events]
+        weak = run(args.workers, weak_job)[0]
+    except minidp.RankFailed as failed:
+        if not isinstance(failed.__cause__, parallel.NonFiniteGradient):
+            raise
+        error = failed.__cause__
+        console.print(f"The training diverged at step {error.step}: try a smaller --lr than {lr:g}.\n{error}")
+        return 1
     result = report.outcome(job, args.workers, cores(), one, many, weak)
     report.show(console, result)
     if args.json:

@@ -96,7 +96,8 @@ def introduce(console: Console, job: Job, workers: int, cores: int) -> None:
 
 def show(console: Console, result: Outcome) -> None:
     table = Table(
-        title=f"{result.steps} steps, {result.epochs} epochs, one BLAS thread a worker", title_style="bold"
+        title=f"{result.steps} steps, {result.epochs} epoch{'s' * (result.epochs > 1)}, one BLAS thread a worker",
+        title_style="bold",
     )
     table.add_column("")
     table.add_column("1 worker", justify="right")
