@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ def test_divide_has_the_bits_of_division(x, n):
     out = np.empty_like(array)
     assert backend.divide(array, n, out) is out
     assert out.tobytes() == (array / n).tobytes()
+
+
+def test_divide_keeps_fractions_exact():
+    x = np.array([Fraction(1, 3), Fraction(2)], dtype=object)
+    assert backend.divide(x, 4, x).tolist() == [Fraction(1, 12), Fraction(1, 2)]
 
 
 def test_generator_is_a_function_of_its_key():

@@ -89,6 +89,14 @@ def test_slabs_of_the_wrong_kind_are_refused():
             layout.views(wrong)
 
 
+def test_views_of_another_layout_are_refused():
+    layout, other = nn.Layout(nn.Linear(2, 2)), nn.Layout(nn.Linear(2, 2, bias=False))
+    views = other.views(np.zeros(other.size, np.float32))
+    for point in (layout.point, layout.point_grads):
+        with pytest.raises(ValueError, match="shorter"):
+            point(views)
+
+
 def bound(model):
     layout = nn.Layout(model)
     params, grads = np.zeros(layout.size, layout.dtype), np.full(layout.size, 7, layout.dtype)
