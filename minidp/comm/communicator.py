@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,9 @@ class Communicator(ABC):
 
     def __init__(self) -> None:
         self._later: list[Later] = []
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a communicator can't be pickled: it belongs to its rank, and lives as long as the run")
 
     # -- primitives ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,6 @@ class ProcessCommunicator(Communicator):
         self._closed = False
         self._children: list[Communicator] = []
         rendezvous.progress = self._pump
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a communicator can't be pickled: it belongs to its rank, and lives as long as the run")
 
     def __repr__(self) -> str:
         return f"ProcessCommunicator(rank={self.rank}, world_size={self.world_size}, {self._rendezvous.name!r})"
