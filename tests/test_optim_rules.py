@@ -17,7 +17,7 @@ RULES = [
     ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("Adam", {}),
     ("Adam", {"betas": (0.8, 0.99), "eps": 1e-4, "weight_decay": 0.1}),
-    ("Adam", {"betas": (0, 0)}),
+    ("Adam", {"betas": (0.0, 0.0)}),
     ("AdamW", {}),
     ("AdamW", {"betas": (0.5, 0.9), "weight_decay": 0.3}),
 ]
