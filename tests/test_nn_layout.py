@@ -189,6 +189,7 @@ def test_setting_grad_writes_the_slot():
     _, _, grads = bound(model)
     model.weight.grad = np.ones((2, 3))
     assert np.array_equal(grads[:6], np.ones(6))
+    assert np.array_equal(model.weight.grad, np.ones((2, 3)))
     model.weight.grad = None
     assert model.weight.grad is None
     train_step(model, X, Y)
