@@ -7,6 +7,7 @@ lock each other out, however long the messages are.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from minidp.comm.communicator import ANY
 from minidp.comm.errors import CollectiveMismatch
-from minidp.comm.queue import QUEUE_BYTES, SLOTS, ArrayQueue, Incoming, Outgoing
+from minidp.comm.queue import KIND_BYTES, QUEUE_BYTES, SLOTS, ArrayQueue, Incoming, Outgoing
 from minidp.comm.rendezvous import Rendezvous
 from minidp.comm.traffic import Traffic
 from minidp.comm.word import Word
@@ -224,4 +225,9 @@ class Mailbox:
 
 
 def _kind(x: Array) -> str:
-    return f"{x.dtype}[{x.size}]"
+    """What sender and receiver must agree on; by its digest if it is too long for the header of a slot."""
+    kind = f"{x.dtype}[{x.size}]"
+    if len(kind.encode()) > KIND_BYTES:
+        digest = hashlib.blake2b(str(x.dtype).encode(), digest_size=8).hexdigest()
+        kind = f"structured {digest} of {x.itemsize} bytes[{x.size}]"
+    return kind

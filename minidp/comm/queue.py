@@ -22,7 +22,7 @@ from minidp.comm.word import LINE, Word
 SLOTS = 8
 SLOT_BYTES = 64 * 1024  # half of L2 holds a whole queue; larger slots measured no faster
 _HEADER = 128
-_TEXT = _HEADER - 32
+KIND_BYTES = _HEADER - 32
 _STRIDE = _HEADER + SLOT_BYTES
 QUEUE_BYTES = 2 * LINE + SLOTS * _STRIDE
 
@@ -60,7 +60,7 @@ class ArrayQueue:
         """Write one chunk. The queue must not be full."""
         i = self.written % SLOTS
         self._payloads[i][: len(payload)] = payload
-        text = chunk.kind.encode()[:_TEXT]
+        text = chunk.kind.encode()  # KIND_BYTES at most
         numbers = self._numbers[i]
         numbers[0], numbers[1], numbers[2], numbers[3] = chunk.tag, chunk.message_bytes, len(payload), len(text)
         self._headers[i][32 : 32 + len(text)] = text
