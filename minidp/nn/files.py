@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ def save_file(
 
     The file appears whole or not at all: it is written beside its place, synced, then renamed.
     """
+    import tempfile
+
     from safetensors.numpy import save
 
     arrays = {}

@@ -107,12 +107,16 @@ class Optimizer:
 
     def hyper(self, group_index: int, t: int) -> dict[str, Any]:
         """Return the hyperparameters of a group for update `t`, "lr" among them as a number."""
-        hyper = {key: value for key, value in self.groups[group_index].items() if key != "params"}
-        if callable(hyper["lr"]):
-            hyper["lr"] = hyper["lr"](t)
-            _check_rate(hyper["lr"], type(self).__name__, f" for update {t}")
-        if hasattr(hyper["lr"], "item"):  # a NumPy scalar would widen float32 arithmetic to float64
-            hyper["lr"] = hyper["lr"].item()
+        hyper = dict(self.groups[group_index])
+        del hyper["params"]
+        lr = hyper["lr"]
+        if type(lr) is float:  # strategies ask once a block: this is the short way
+            return hyper
+        if callable(lr):
+            lr = lr(t)
+            _check_rate(lr, type(self).__name__, f" for update {t}")
+        # A NumPy scalar would widen float32 arithmetic to float64.
+        hyper["lr"] = lr.item() if hasattr(lr, "item") else lr
         return hyper
 
     # ── plain use ───────────────────────────────────────────────────────────────────────────────────────
