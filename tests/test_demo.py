@@ -1,0 +1,203 @@
+"""``python -m minidp.demo``: the first thing that a person sees of us."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPTIONS = ("--workers", "--epochs", "--global-batch-size", "--lr", "--optimizer", "--naive", "--json", "--trace")
+PARAMETERS = 64 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10
+STEPS_AN_EPOCH = 6  # ⌈1437 / 256⌉
+FIGURES = {
+    "workers": int,
+    "cores": int,
+    "global_batch_size": int,
+    "epochs": int,
+    "optimizer": str,
+    "lr": float,
+    "strategy": str,
+    "steps": int,
+    "steps_per_s_one_worker": float,
+    "steps_per_s": float,
+    "speedup_strong": float,
+    "speedup_weak": float,
+    "bytes_per_step": float,
+    "loss_one_worker": float,
+    "loss": float,
+    "test_accuracy_one_worker": float,
+    "test_accuracy": float,
+    "relative_difference": float,
+}
+
+
+def demo(*options: str, prepare: Callable[[], None] | None = None) -> tuple[int, str, str]:
+    """Run it as a person does: (exit code, output, errors), the output 100 columns wide."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minidp.demo", *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "COLUMNS": "100"},
+        preexec_fn=prepare,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def figures(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    assert {name: type(value) for name, value in result.items()} == FIGURES
+    assert result["speedup_strong"] == pytest.approx(result["steps_per_s"] / result["steps_per_s_one_worker"])
+    assert result["speedup_weak"] > 0
+    bar = 1e-3 if "adam" in result["optimizer"] else 1e-5  # float32; Adam's division amplifies its rounding
+    assert 0 <= result["relative_difference"] < bar, "N workers equal one"
+    assert result["loss"] == pytest.approx(result["loss_one_worker"], rel=1e-3)
+    assert result["test_accuracy"] == pytest.approx(result["test_accuracy_one_worker"], abs=2 / 360)
+    return result
+
+
+def test_default_run_learns(tmp_path: Path) -> None:
+    code, out, err = demo("--json", str(tmp_path / "figures"))
+    assert (code, err) == (0, "")
+    result = figures(tmp_path / "figures")
+    assert result["test_accuracy"] >= 0.95
+    assert result["test_accuracy_one_worker"] >= 0.95
+    assert (result["epochs"], result["steps"]) == (20, 20 * STEPS_AN_EPOCH)
+    assert result["strategy"] == "DataParallel"
+    assert f"{result['test_accuracy']:.1%}" in out
+
+
+def test_table_json_and_trace(tmp_path: Path) -> None:
+    """Two workers, two epochs: all that the demo says, in its three forms."""
+    table, trace = tmp_path / "figures.json", tmp_path / "trace.json"
+    code, out, err = demo("--workers", "2", "--epochs", "2", "--json", str(table), "--trace", str(trace))
+    assert (code, err) == (0, "")
+    for words in ("∇L = Σ n_i ∇L_i / Σ n_i", "w ← w − η ∇L", "B = 256", "n_1 + n_2 = B", "η = 0.05, momentum 0.9"):
+        assert words in out, "what it does, with the article's symbols"
+    for row in ("steps / s", "speed-up, strong", "speed-up, weak", "sent by a worker in a step"):
+        assert row in out
+    for row in ("training loss L(w)", "test accuracy", "max|Δw| / max|w|"):
+        assert row in out
+    assert "1 worker " in out
+    assert "2 workers" in out
+    assert "12 steps, 2 epochs, one BLAS thread a worker" in out
+    assert f"{PARAMETERS:,} parameters" in out
+    assert f"Figures: {table}" in out.replace("\n", "")
+    result = figures(table)
+    assert (result["workers"], result["global_batch_size"], result["steps"]) == (2, 256, 2 * STEPS_AN_EPOCH)
+    assert (result["optimizer"], result["lr"]) == ("momentum", 0.05)
+    # 2 (N−1)/N of the parameters' bytes, to the padding of the slab.
+    assert result["bytes_per_step"] == pytest.approx(4 * PARAMETERS, rel=1e-3)
+    check_trace(json.loads(trace.read_text()), ranks=2, steps=2 * STEPS_AN_EPOCH)
+
+
+def check_trace(trace: dict[str, Any], ranks: int, steps: int) -> None:
+    """A Chrome trace of all ranks: a row each, every step in it, spans nested or apart, none across another."""
+    events = trace["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert names == {rank: f"rank {rank}" for rank in range(ranks)}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["tid"] for event in spans} == set(range(ranks))
+    assert min(event["ts"] for event in spans) == 0
+    for rank in range(ranks):
+        mine = [event for event in spans if event["tid"] == rank]
+        for name in ("forward", "backward", "wait for gradients", "reduce and update", "wait for parameters"):
+            assert len([event for event in mine if event["name"] == name]) == steps, name
+        edges = sorted((event["ts"], -event["dur"]) for event in mine)
+        for (start, less), (after, less_after) in pairwise(edges):
+            apart, inside = after >= start - less - 0.01, after - less_after <= start - less + 0.01
+            assert apart or inside
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a way to take cores away")
+def test_naive_and_more_workers_than_cores(tmp_path: Path) -> None:
+    two = set(sorted(os.sched_getaffinity(0))[:2])
+    code, out, err = demo(
+        *("--workers", "3", "--epochs", "1", "--naive", "--json", str(tmp_path / "figures")),
+        prepare=lambda: os.sched_setaffinity(0, two),
+    )
+    assert (code, err) == (0, "")
+    assert re.search(rf"3 workers on {len(two)} cores? take turns: same result", out)
+    result = figures(tmp_path / "figures")
+    assert (result["workers"], result["cores"], result["strategy"]) == (3, len(two), "NaiveDataParallel")
+    assert result["bytes_per_step"] == 2 * 4 * PARAMETERS, "(N−1) n: a message a parameter and peer"
+    assert "6 steps, 1 epoch, " in out
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.002)])
+def test_each_optimizer(optimizer: str, lr: float, tmp_path: Path) -> None:
+    asked = ["--lr", str(lr)] if optimizer == "adamw" else []  # a default of its own for each of the others
+    options = ("--optimizer", optimizer, "--epochs", "1", "--workers", "2", "--global-batch-size", "128", *asked)
+    code, out, err = demo(*options, "--json", str(tmp_path / "figures"))
+    assert (code, err) == (0, "")
+    result = figures(tmp_path / "figures")
+    assert (result["optimizer"], result["lr"], result["steps"]) == (optimizer, lr, 12)
+    assert result["test_accuracy"] > 0.5, "12 steps have taught it something"
+    assert f"η = {lr:g}" in out
+    assert "momentum" not in out
+
+
+def test_help_explains_each_option() -> None:
+    code, out, err = demo("--help")
+    assert (code, err) == (0, "")
+    for option in OPTIONS:
+        assert re.search(rf"^  {option}\b.*?[a-z]{{3}} [a-z]", out, re.MULTILINE | re.DOTALL), option
+    for word in (
+        "Chrome trace",
+        "perfetto",
+        "learning rate η",
+        "default: momentum",
+        "default: 20",
+        "default: 256",
+    ):
+        assert word in out
+    assert "real handwritten digits" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--workers", "two"], "argument --workers: invalid int value: 'two'"),
+        (["--epochs", "-3"], "--epochs must be at least 1"),
+        (["--global-batch-size", "0"], "--global-batch-size must be at least 1"),
+        (["--lr", "0"], "--lr must be positive and finite"),
+        (["--lr", "nan"], "--lr must be positive and finite"),
+        (["--lr", "inf"], "--lr must be positive and finite"),
+        (["--optimizer", "lion"], "invalid choice: 'lion' (choose from"),
+        (["--json", "/"], "--json /: this is a folder, give a file"),
+        (
+            ["--trace", "/no such folder/trace"],
+            "--trace /no such folder/trace: there is no folder /no such folder",
+        ),
+        (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_arguments(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: it must end before anything is started."""
+    from minidp.demo.__main__ import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(options)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err.splitlines()[-1]
+    assert "usage: python -m minidp.demo" in err
+
+
+def test_a_run_that_diverges_says_what_to_do() -> None:
+    code, out, err = demo("--lr", "1e9", "--epochs", "1", "--workers", "1")
+    assert code == 1
+    assert "The training diverged at step" in out
+    assert "try a smaller --lr than 1e+09" in " ".join(out.split())
+    assert "Traceback" not in err
