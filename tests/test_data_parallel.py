@@ -353,7 +353,7 @@ def raises(comm: Any, what: str) -> str:
         ("one backward more", "RuntimeError: backward was called 2 times before step(): give the strategy"),
         ("write", "ValueError: assignment destination is read-only"),
         ("optimizer.step", "RuntimeError: SGD.step()"),
-        ("state", "ValueError: this state does not fit the model: missing: 0.bias"),
+        ("state", "ValueError: this state does not fit the model: missing 0.bias"),
     ],
 )
 def test_errors_say_what_to_do(what: str, says: str) -> None:

@@ -11,6 +11,7 @@ a lack of memory is a ``MemoryError`` in bytes, never a SIGBUS in the middle of 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -78,14 +79,7 @@ class Arena:
 
     def map(self, offset: int, nbytes: int, populate: bool = False) -> Bytes:
         """``nbytes`` bytes at ``offset`` as a writable uint8 array, the same memory in every process."""
-        if nbytes == 0:
-            return np.zeros(0, np.uint8)
-        flags = mmap.MAP_SHARED | (_POPULATE if populate else 0)
-        try:
-            mapping = mmap.mmap(self.fd, round_up(nbytes), flags=flags, offset=offset)
-        except OSError as error:
-            raise MemoryError(f"{nbytes:,} bytes of shared memory can't be mapped: {error}") from error
-        return np.frombuffer(mapping, np.uint8, count=nbytes)
+        return np.asarray(_Mapping(self.fd, offset, nbytes, populate)) if nbytes else np.zeros(0, np.uint8)
 
     def peek(self, offset: int) -> int:
         """The int64 at ``offset``, read without mapping it."""
@@ -99,6 +93,33 @@ class Arena:
 
     def __del__(self) -> None:
         self.close()
+
+
+class _Mapping:
+    """Mapped bytes as an array interface. Python's own mmap keeps a descriptor a mapping; this keeps none."""
+
+    def __init__(self, fd: int, offset: int, nbytes: int, populate: bool) -> None:
+        self._nbytes = round_up(nbytes)
+        flags = mmap.MAP_SHARED | (_POPULATE if populate else 0)
+        address = _mmap(None, self._nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+        if address in (None, _MAP_FAILED):
+            self._address = None
+            problem = os.strerror(ctypes.get_errno())
+            raise MemoryError(f"{nbytes:,} bytes of shared memory can't be mapped: {problem}")
+        self._address = address
+        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def __del__(self) -> None:
+        if self._address is not None:
+            _munmap(self._address, self._nbytes)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap, _munmap = _libc.mmap, _libc.munmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64)
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def _attach(duplicate: Any, regions: int) -> Arena:

@@ -5,7 +5,7 @@ about to sleep or has made progress, so the board costs nothing while all goes w
 hangs" into a sentence with ranks in it.
 
     head:    aborted, rank, length, text          verdict, length, text
-    record:  state, pid, serial, owner, offset, value, noticed, done, total, lengths, place, note
+    record:  state, pid, serial, owner, offset, value, noticed, done, total, lengths, naps, place, note
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minidp.comm.arena import REGION, Arena, round_up
+from minidp.comm.word import publish_fence
 
 STARTING, RUNNING, RETURNED = 0, 1, 2
 NOBODY = -1  # waits for any rank, not for one
@@ -20,7 +21,7 @@ NOBODY = -1  # waits for any rank, not for one
 _RECORD = 512
 _TEXT = 192
 _PLACE, _NOTE = _RECORD - 2 * _TEXT, _RECORD - _TEXT
-_STATE, _PID, _SERIAL, _OWNER, _OFFSET, _VALUE, _NOTICED, _DONE, _TOTAL, _PLACE_LEN, _NOTE_LEN = range(11)
+_STATE, _PID, _SERIAL, _OWNER, _OFFSET, _VALUE, _NOTICED, _DONE, _TOTAL, _PLACE_LEN, _NOTE_LEN, _NAPS = range(12)
 _HEAD = 2048
 _ABORTED, _ABORT_RANK, _ABORT_LEN, _VERDICT, _VERDICT_LEN = range(5)
 _ABORT_TEXT, _VERDICT_TEXT, _HEAD_TEXT = 64, 1024, 960
@@ -70,6 +71,7 @@ class Board:
         if not self._head[_ABORTED]:
             self._head[_ABORT_LEN] = self._write(_ABORT_TEXT, reason, _HEAD_TEXT)
             self._head[_ABORT_RANK] = rank
+            publish_fence()
             self._head[_ABORTED] = 1
 
     def aborted(self) -> tuple[int, str] | None:
@@ -82,6 +84,7 @@ class Board:
         """Tell all ranks that some of them wait for what can't come. The first verdict stays."""
         if not self._head[_VERDICT]:
             self._head[_VERDICT_LEN] = self._write(_VERDICT_TEXT, verdict, _HEAD_TEXT)
+            publish_fence()
             self._head[_VERDICT] = 1
 
     def verdict(self) -> str | None:
@@ -118,7 +121,15 @@ class Board:
         record[_SERIAL] = 0  # readers take a record whose serial is 0, or changes, as nothing
         record[_OWNER], record[_OFFSET], record[_VALUE] = wait.owner, wait.offset, wait.value
         record[_PLACE_LEN] = self._write(_HEAD + _RECORD * rank + _PLACE, wait.place, _TEXT)
+        publish_fence()
         record[_SERIAL] = wait.serial
+
+    def napped(self, rank: int) -> None:
+        """``rank`` waits and has looked around once more: it is awake, and has moved what it could."""
+        self._records[rank][_NAPS] += 1
+
+    def naps(self, rank: int) -> int:
+        return self._records[rank][_NAPS]
 
     def waits_no_more(self, rank: int) -> None:
         self._records[rank][_SERIAL] = 0

@@ -210,22 +210,20 @@ class Communicator(ABC):
 
     # -- collectives on objects ------------------------------------------------------------------------
 
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+    def broadcast_object(self, obj: Any, src: int = 0, what: str = "broadcast_object") -> Any:
         """The object that rank ``src`` gives, pickled once; the others' ``obj`` is not looked at."""
         self._check_peer(src, "src")
-        data = pickle.dumps(obj) if self.rank == src else b""
-        size = np.array([len(data)], np.int64)
-        self.broadcast(size, src)
-        buffer = np.frombuffer(data, np.uint8).copy() if self.rank == src else np.empty(size[0], np.uint8)
+        data = np.frombuffer(pickle.dumps(obj) if self.rank == src else b"", np.uint8)
+        sizes = self.all_gather_int(len(data), f"{what} src={src}")
+        buffer = data.copy() if self.rank == src else np.empty(sizes[src], np.uint8)
         self.broadcast(buffer, src)
         return pickle.loads(buffer.tobytes())
 
-    def all_gather_object(self, obj: Any) -> list[Any]:
-        """The objects of all ranks, in rank order."""
+    def all_gather_object(self, obj: Any, what: str = "all_gather_object") -> list[Any]:
+        """The objects of all ranks, in rank order. ``what`` names the operation in messages."""
         data = np.frombuffer(pickle.dumps(obj), np.uint8)
-        sizes = np.zeros(self.world_size, np.int64)
-        self.all_gather(sizes, np.array([len(data)], np.int64))
-        mine = np.zeros(int(sizes.max()), np.uint8)
+        sizes = self.all_gather_int(len(data), what)
+        mine = np.zeros(max(sizes), np.uint8)
         mine[: len(data)] = data
         everybody = np.empty((self.world_size, len(mine)), np.uint8)
         self.all_gather(everybody, mine)

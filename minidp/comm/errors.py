@@ -31,3 +31,11 @@ class CollectiveMismatch(CommError):
 
 class CollectiveTimeout(CommError):
     """A rank did not come within ``timeout_s``; it is not known to be dead. The message names the absent."""
+
+
+class RankMismatch(RankFailed, CollectiveMismatch):
+    """What ``spawn`` raises when the first failure of a run is a rank's CollectiveMismatch: both can be caught."""
+
+
+class RankTimeout(RankFailed, CollectiveTimeout):
+    """What ``spawn`` raises when the first failure of a run is a rank's CollectiveTimeout: both can be caught."""

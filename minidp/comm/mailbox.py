@@ -8,6 +8,7 @@ lock each other out, however long the messages are.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from typing import Any
 
@@ -94,11 +95,12 @@ class Mailbox:
         self._posted: list[Receiving] = []
         self._aside: list[Incoming] = []  # complete messages that nobody has asked for yet
         self._arriving: dict[int, tuple[Incoming, Receiving | None]] = {}
+        rendezvous.watch.pumps.add(self)
 
     @property
     def busy(self) -> bool:
         """Whether anything is on its way."""
-        return bool(self._leaving or self._posted)
+        return bool(self._leaving or self._posted or self._arriving)
 
     def send(self, x: Array, dst: int, tag: int) -> Sending:
         sending = Sending(self, x, dst, tag)
@@ -142,7 +144,7 @@ class Mailbox:
 
     def finish(self, work: Sending | Receiving) -> None:
         """Pump until ``work`` is done."""
-        tries = 0
+        tries, since = 0, None
         while not work.done:
             if self.pump():
                 tries = 0
@@ -150,7 +152,10 @@ class Mailbox:
             tries += 1
             if tries >= _TRIES:
                 word, value = self._awaited(work)
-                with self.rendezvous.watch.vigil(word, value, work.place) as vigil:
+                since = since or time.monotonic()
+                arrived = self._something if word is None else None
+                vigil = self.rendezvous.watch.vigil(word, value, work.place, since=since, arrived=arrived)
+                with vigil:
                     while not work.done and not self.pump():
                         vigil.nap()
                 tries = 0
@@ -204,6 +209,11 @@ class Mailbox:
         if incoming is None:
             return self._doors_in[work.src], 1
         return incoming.tail, incoming.taken + 1
+
+    def _something(self) -> bool:
+        """A chunk has come from somebody."""
+        queues = (self._in.get(src) or self._queue_from(src) for src in self._doors_in)
+        return any(queue is not None and not queue.empty() for queue in queues)
 
     def _queue_to(self, dst: int) -> ArrayQueue:
         queue = self._out.get(dst)

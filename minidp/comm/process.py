@@ -8,6 +8,7 @@ stay in L2. Point-to-point messages, and any other ``algorithm=``, go over queue
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from minidp.comm.arena import Bytes, available_bytes, not_enough
 from minidp.comm.communicator import Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.mailbox import Mailbox
-from minidp.comm.reduction import AVG, SUM, Array, ReduceOp, check_average, finish, fold
+from minidp.comm.reduction import SUM, Array, ReduceOp, check_array, check_op, fold
 from minidp.comm.rendezvous import CHUNK, Header, Rendezvous
 from minidp.comm.traffic import Traffic
 from minidp.comm.work import Work
@@ -50,8 +51,7 @@ class ProcessCommunicator(Communicator):
         self._mailbox = Mailbox(rendezvous, self._world_rank, traffic)
         self._plans: dict[Any, _Plan] = {}
         self._closed = False
-        self._children: list[Communicator] = []
-        rendezvous.progress = self._pump
+        self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"ProcessCommunicator(rank={self.rank}, world_size={self.world_size}, {self._rendezvous.name!r})"
@@ -63,7 +63,7 @@ class ProcessCommunicator(Communicator):
         return self._mailbox.send(x, dst, tag)
 
     def post_recv(self, x: Array, src: int, tag: int) -> Work:
-        self._check_usable(x)
+        self._check_usable(x, writes=True)
         return self._mailbox.recv(x, src, tag)
 
     def begin(self, operation: str, detail: str = "") -> int:
@@ -73,10 +73,10 @@ class ProcessCommunicator(Communicator):
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
         rendezvous = self._rendezvous
-        colors = self.all_gather_object((color, key, self._world_rank))
+        colors = self.all_gather_object((color, key, self._world_rank), name or "split")
         members = sorted((key, i) for i, (c, key, _) in enumerate(colors) if c == color)
         offset = Rendezvous.reserve(rendezvous.arena, self._world_rank, len(members)) if color is not None else 0
-        offsets = self.all_gather_object(offset)
+        offsets = self.all_gather_object(offset, name or "split")
         if color is None:
             return None
         order = [i for _, i in members]
@@ -89,14 +89,14 @@ class ProcessCommunicator(Communicator):
             name or f"{rendezvous.name}/split {color}",
         )
         child = ProcessCommunicator(group, Traffic(parent=self.traffic))
-        self._children.append(child)
+        self._children.add(child)
         return child
 
     def allocate(self, nbytes: int) -> list[npt.NDArray[np.uint8]]:
         if nbytes < 0:
             raise ValueError(f"allocate: nbytes={nbytes} must be 0 or more")
         arena = self._rendezvous.arena
-        asked = self.all_gather_object((nbytes, available_bytes()))
+        asked = self.all_gather_object((nbytes, available_bytes()), "allocate")
         total, free = sum(size for size, _ in asked), min(room for _, room in asked)
         if total > free:
             raise MemoryError(not_enough(total, free))
@@ -106,7 +106,7 @@ class ProcessCommunicator(Communicator):
             arena.reserve(place, nbytes)
         except MemoryError as error:
             place = str(error)
-        places = self.all_gather_object(place)
+        places = self.all_gather_object(place, "allocate")
         for problem in places:
             if isinstance(problem, str):
                 raise MemoryError(problem)
@@ -118,7 +118,7 @@ class ProcessCommunicator(Communicator):
     def close(self) -> None:
         self._closed = True
         self._plans.clear()
-        for child in self._children:
+        for child in list(self._children):
             child.close()
 
     def leave(self) -> None:
@@ -134,16 +134,17 @@ class ProcessCommunicator(Communicator):
         self, x: Array, op: ReduceOp = SUM, algorithm: str | None = None, *, async_op: bool = False
     ) -> Work | None:
         if async_op or algorithm is not None:
-            check_average(x.dtype, op)
+            check_op(op, x.dtype)
             return super().all_reduce(x, op, algorithm, async_op=async_op)
         if self._later:
             self.run_all()
         plan = self._plans.get((x.dtype, x.shape, op)) or self._all_reduce_plan(x, op)
-        if not x.flags.c_contiguous:
+        if x.flags.carray:  # contiguous and writeable
+            self._sum_slots(x if x.ndim == 1 else x.reshape(-1), op, plan)
+        else:
+            check_array(x, writes=True)
             with execute.contiguous(x) as flat:
                 self._sum_slots(flat, op, plan)
-        else:
-            self._sum_slots(x if x.ndim == 1 else x.reshape(-1), op, plan)
         received = x.nbytes * (self.world_size - 1)
         self.traffic.add(received, received, self.world_size - 1)
         return None
@@ -159,13 +160,11 @@ class ProcessCommunicator(Communicator):
                 slots = [slot[: len(mine)] for slot in slots]
             slots[rank][:] = mine
             arrive(plan.header)
-            fold(slots, op, mine)
+            fold(slots, op, mine, divide=True)
             arrive = rendezvous.arrive
-        if op is AVG:
-            finish(flat, op, self.world_size)
 
     def _all_reduce_plan(self, x: Array, op: ReduceOp) -> _Plan:
-        check_average(x.dtype, op)
+        check_op(op, x.dtype)
         return self._plan((x.dtype, x.shape, op), f"all_reduce {x.dtype} {x.shape}, {op.value}", x)
 
     def all_gather(self, out: Array, x: Array, *, async_op: bool = False) -> Work | None:
@@ -177,6 +176,8 @@ class ProcessCommunicator(Communicator):
             ("all_gather", x.dtype, x.shape), f"all_gather {x.dtype} {x.shape}", x
         )
         self._check_parts(x, out, "all_gather(out, x)")
+        if not out.flags.carray:
+            check_array(out, writes=True)
         rendezvous, per_chunk = self._rendezvous, plan.per_chunk
         with execute.contiguous(out) as flat:
             rows = flat.reshape(self.world_size, x.size)
@@ -196,7 +197,8 @@ class ProcessCommunicator(Communicator):
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
         if async_op:
             return self._defer(lambda: self.reduce_scatter(out, x, op))
-        check_average(x.dtype, op)
+        check_op(op, x.dtype)
+        check_array(out, writes=True)
         self._check_parts(out, x, "reduce_scatter(out, x)")
         p, rank = self.world_size, self.rank
         parts = np.ascontiguousarray(x).reshape(p, out.size)
@@ -207,10 +209,9 @@ class ProcessCommunicator(Communicator):
 
             def take(slots: list[Bytes], lo: int, hi: int) -> None:
                 pieces = [_typed(slot, p, hi - lo, x.dtype)[rank] for slot in slots]
-                fold(pieces, op, flat[lo:hi])
+                fold(pieces, op, flat[lo:hi], divide=True)
 
             self._rounds("reduce_scatter", x, op.value, out.size, p * x.itemsize, put, take)
-            finish(flat, op, p)
         self._count(out.nbytes, out.nbytes)
         return None
 
@@ -218,6 +219,7 @@ class ProcessCommunicator(Communicator):
         if async_op:
             return self._defer(lambda: self.broadcast(x, src))
         self._check_peer(src, "src")
+        self._check_usable(x, writes=self.rank != src)
         with execute.contiguous(x) as flat:
             data = flat.view(np.uint8)
 
@@ -296,12 +298,9 @@ class ProcessCommunicator(Communicator):
         peers = self.world_size - 1
         self.traffic.add(sent_each * peers, received_each * peers, peers)
 
-    def _pump(self) -> None:
-        if self._mailbox.busy:
-            self._mailbox.pump()
-
-    def _check_usable(self, x: Array) -> None:
+    def _check_usable(self, x: Array, writes: bool = False) -> None:
         self._check_open()
+        check_array(x, writes)
         _check_dtype(x.dtype)
 
     def _check_open(self) -> None:

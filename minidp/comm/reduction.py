@@ -37,33 +37,46 @@ def is_half(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 2 and dtype.name in ("float16", "bfloat16")
 
 
-def fold(parts: Sequence[Array], op: ReduceOp, out: Array) -> None:
-    """``out`` = parts[0] ∘ parts[1] ∘ …, left to right, half precision in float32. AVG's division is apart.
+def fold(parts: Sequence[Array], op: ReduceOp, out: Array, divide: bool = False) -> None:
+    """``out`` = parts[0] ∘ parts[1] ∘ …, left to right; half precision is added in float32.
 
+    With ``divide`` and AVG the sum is divided by the number of parts (half precision before it is rounded back).
     ``out`` may be parts[0] or parts[1], no later one.
     """
-    ufunc = op.ufunc
-    if len(parts) == 1:
-        if out is not parts[0]:
-            out[...] = parts[0]
-    elif is_half(out.dtype) and ufunc is np.add:
+    ufunc, average = op.ufunc, divide and op is AVG
+    if is_half(out.dtype) and ufunc is np.add:
         total = parts[0].astype(np.float32)
         for part in parts[1:]:
             np.add(total, part, out=total)
-        out[...] = total
+        out[...] = total / len(parts) if average else total
+        return
+    if len(parts) == 1:
+        out[...] = parts[0]
     else:
         ufunc(parts[0], parts[1], out=out)
         for part in parts[2:]:
             ufunc(out, part, out=out)
+    if average:
+        np.divide(out, len(parts), out=out)
 
 
 def finish(x: Array, op: ReduceOp, world_size: int) -> None:
-    """The division of an average, after the sum."""
-    if op.value == "avg":
+    """The division of an average, after a sum of several steps."""
+    if op is AVG:
         np.divide(x, world_size, out=x)
 
 
-def check_average(dtype: np.dtype[Any], op: ReduceOp) -> None:
-    """Averages of whole numbers are refused: the division would silently round."""
-    if op.value == "avg" and dtype.kind in "biu":
+def check_op(op: Any, dtype: np.dtype[Any]) -> None:
+    """Refuse what is no ReduceOp, and averages of whole numbers: the division would silently round."""
+    if not isinstance(op, ReduceOp):
+        raise TypeError(f"op={op!r}: give one of ReduceOp.{', ReduceOp.'.join(ReduceOp.__members__)}")
+    if op is AVG and dtype.kind in "biu":
         raise TypeError(f"AVG of {dtype}: an average of integers would be rounded; use SUM and divide, or floats")
+
+
+def check_array(x: Any, writes: bool) -> None:
+    """Refuse what is no array (a NumPy scalar looks like one, but nothing can be written to it)."""
+    if not isinstance(x, np.ndarray) or isinstance(x, np.matrix):
+        raise TypeError(f"an array is needed, not {type(x).__name__}: make one by np.asarray(x) and keep it")
+    if writes and not x.flags.writeable:
+        raise ValueError(f"the result can't be written to a read-only array ({x.dtype} {x.shape}): give a copy")

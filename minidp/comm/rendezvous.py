@@ -6,18 +6,19 @@ this generation's parity and to publish the generation; when all have arrived, e
 slots are enough, and one barrier a round: nobody can write a slot again before it has passed the *next* barrier,
 where all arrive only after they have read.
 
-The header (operation, shape, dtype, ReduceOp) is compared by its hash at every arrival. It is checked always:
-a collective costs 1 µs, a desynchronised run costs a day.
+The header (operation, shape, dtype, ReduceOp, and which collective and barrier of the group this is) is compared
+at every arrival, by its hash. It is checked always: that costs 1 µs, a desynchronised run costs a day.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 
 from minidp.comm.arena import Arena, Bytes, round_up
 from minidp.comm.board import name_ranks
-from minidp.comm.errors import CollectiveMismatch
+from minidp.comm.errors import CollectiveMismatch, CommError
 from minidp.comm.vigil import Watch
 from minidp.comm.word import LINE, SPINS, Word, fence
 
@@ -61,6 +62,7 @@ class Rendezvous:
         self.offsets = list(offsets)
         self.sequence = 0  # collectives that this group has begun
         self.generation = 0  # barriers that this rank has arrived at
+        self.broken: str | None = None  # the error after which this rank no longer knows where the others are
         control = control_bytes(self.size)
         blocks = [arena.map(offset, control + 2 * CHUNK) for offset in offsets]
         self._control, self._blocks = control, blocks
@@ -109,26 +111,23 @@ class Rendezvous:
         if the headers differ, and what ``arrive`` raises.
         """
         self.sequence += 1
-        parity = self.parity()
+        return self.arrive(header, note)
+
+    def arrive(self, header: Header, note: int = 0) -> list[int]:
+        """A barrier inside a collective: publish this rank's header, note and payload, wait for all others'."""
+        if self.broken is not None:
+            raise CommError(f"this communicator is out of step since an earlier error: {self.broken}")
+        parity, sequence = self.parity(), self.sequence
         mine = self._headers[parity][self.rank]
-        mine[0], mine[3] = header.hash, note
+        mine[0], mine[3], mine[4] = header.hash, note, sequence
         if mine[1] != header.hash:  # the text of this slot is another header's
             mine[1] = 0
             mine[2] = len(header.text)
             self._texts[parity][: len(header.text)] = header.text
             mine[1] = header.hash
-        self.arrive(header)
-        notes = []
-        for words in self._headers[parity]:
-            if words[0] != header.hash:
-                raise CollectiveMismatch(self._disagreement(parity))
-            notes.append(words[3])
-        return notes
-
-    def arrive(self, header: Header) -> None:
-        """A plain barrier inside a collective: publish this rank's slots, wait for all others'."""
         self.generation = generation = self.generation + 1
         self._mine.publish(generation)
+        since = None
         for _, word, cell in self._peers:
             if cell[0] >= generation:
                 continue
@@ -136,9 +135,16 @@ class Rendezvous:
                 if cell[0] >= generation:
                     break
             else:
-                self._wait(word, generation, header)
+                since = since or time.monotonic()
+                self._wait(word, generation, header, since)
         if fence is not None:
             fence()
+        notes = []
+        for words in self._headers[parity]:
+            if words[0] != header.hash or words[4] != sequence:
+                raise CollectiveMismatch(self._disagreement(parity))
+            notes.append(words[3])
+        return notes
 
     def describe(self, header: Header) -> str:
         """``all_reduce #412 (float32 (784, 512), sum)``, for messages."""
@@ -146,21 +152,26 @@ class Rendezvous:
         where = "" if self.name == "world" else f" of {self.name}"
         return f"{operation} #{self.sequence}{where}" + (f" ({rest})" if rest else "")
 
-    def _wait(self, word: Word, generation: int, header: Header) -> None:
+    def _wait(self, word: Word, generation: int, header: Header, since: float) -> None:
         def absent() -> list[int]:
             return [self.ranks[i] for i, _, cell in self._peers if cell[0] < generation]
 
-        with self.watch.vigil(word, generation, lambda: self.describe(header), absent) as vigil:
-            while not vigil.nap():
-                self.progress()
-
-    progress: Callable[[], object] = staticmethod(lambda: None)
-    """Called between naps: a communicator moves its pending messages on here."""
+        try:
+            with self.watch.vigil(
+                word, generation, lambda: self.describe(header), since=since, absent=absent
+            ) as vigil:
+                while not vigil.nap():
+                    pass
+        except CommError as error:
+            self.broken = str(error)  # this rank has arrived where others have not: it can't take that back
+            raise
 
     def _disagreement(self, parity: int) -> str:
         said: dict[str, list[int]] = {}
         for i, words in enumerate(self._headers[parity]):
             text = bytes(words.cast("B")[64 : 64 + words[2]]).decode(errors="replace")
+            if words[4] != self.sequence:
+                text += f" as collective #{words[4]}"
             said.setdefault(text, []).append(self.ranks[i])
         what = "; ".join(name_ranks(ranks, f"called {text}") for text, ranks in said.items())
         where = "" if self.name == "world" else f" of {self.name}"

@@ -9,9 +9,11 @@ rank that died after it had done its part does not hurt those who only needed th
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from minidp.comm.arena import Arena
 from minidp.comm.board import NOBODY, RETURNED, Board, Wait, name_ranks
@@ -23,10 +25,14 @@ SETTLE_S = 0.25  # for the others to arrive, before a rank's early return is rep
 
 
 class Watch:
-    """What a rank needs to wait safely: the board, the arena, its world rank and its patience."""
+    """What a rank needs to wait safely: the board, the arena, its world rank and its patience.
+
+    ``pumps`` are the mailboxes of all its groups: whoever waits, for whatever, moves all their messages on.
+    """
 
     def __init__(self, board: Board, arena: Arena, rank: int, timeout_s: float) -> None:
         self.board, self.arena, self.rank, self.timeout_s = board, arena, rank, timeout_s
+        self.pumps: weakref.WeakSet[Pump] = weakref.WeakSet()
         self._serial = 0
 
     def vigil(
@@ -34,24 +40,36 @@ class Watch:
         word: Word | None,
         value: int,
         place: Callable[[], str],
+        *,
+        since: float | None = None,
         absent: Callable[[], list[int]] | None = None,
+        arrived: Callable[[], bool] | None = None,
     ) -> Vigil:
-        """A wait for ``word`` (None: any rank's) to reach ``value``; ``place`` says where, for messages."""
-        self._serial += 1
-        return Vigil(self, self._serial, word, value, place(), absent)
+        """A wait for ``word`` to reach ``value``; ``place`` says where, for messages.
 
-    def wait(
-        self, word: Word, value: int, place: Callable[[], str], absent: Callable[[], list[int]] | None = None
-    ) -> None:
-        """Return when ``word`` has reached ``value``; CommError if it can't."""
-        if not word.reached(value):
-            with self.vigil(word, value, place, absent) as vigil:
-                while not vigil.nap():
-                    pass
+        With ``word`` None it is a wait for any rank, and ``arrived`` tells whether it is over. The patience is
+        counted from ``since`` (monotonic seconds; default: now), ``absent`` names who has not come.
+        """
+        self._serial += 1
+        return Vigil(self, self._serial, word, value, place(), since, absent, arrived)
+
+    def pump(self) -> None:
+        """Move all messages of this rank on."""
+        for each in list(self.pumps):
+            if each.busy:
+                each.pump()
+
+
+class Pump(Protocol):
+    """Something with messages on their way: a mailbox."""
+
+    @property
+    def busy(self) -> bool: ...
+    def pump(self) -> bool: ...
 
 
 class Vigil:
-    """One wait. ``nap`` sleeps 2 ms at most and is True when the counter has arrived."""
+    """One wait. ``nap`` sleeps 2 ms at most and is True when what it waits for is there."""
 
     def __init__(
         self,
@@ -60,33 +78,37 @@ class Vigil:
         word: Word | None,
         value: int,
         place: str,
+        since: float | None,
         absent: Callable[[], list[int]] | None,
+        arrived: Callable[[], bool] | None,
     ) -> None:
-        self.watch, self.word, self.value, self.absent = watch, word, value, absent
+        self.watch, self.word, self.value, self.absent, self.arrived = watch, word, value, absent, arrived
         owner, offset = (NOBODY, 0) if word is None else (word.owner, word.offset)
         self.wait = Wait(serial, owner, offset, value, place)
-        self._suspected: tuple[tuple[int, int], ...] | None = None
+        self._start = time.monotonic() if since is None else since
+        self._suspects: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Vigil:
         self.watch.board.wait(self.watch.rank, self.wait)
-        self._start = time.monotonic()
-        self._next_look = self._start + LOOK_S / 2
+        self._next_look = time.monotonic() + LOOK_S / 2
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.watch.board.notice(self.watch.rank)
         self.watch.board.waits_no_more(self.watch.rank)
 
     def nap(self) -> bool:
-        """Sleep a little; True if the counter has arrived, an error if it never will."""
+        """Sleep a little; True if what is waited for has arrived, an error if it never will."""
         if self.word is None:
             time.sleep(5e-5)
+            if self._arrived():
+                return True
         elif self.word.sleep(self.value):
             return True
+        self.watch.pump()
         board = self.watch.board
+        board.napped(self.watch.rank)
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_S
@@ -100,21 +122,27 @@ class Vigil:
             raise CollectiveMismatch(verdict)
         if abort is not None:
             self._returned(board)
+            board.notice(self.watch.rank)
             rank, reason = abort
             raise RankFailed(f"{reason}; this is rank {self.watch.rank}, waiting in {self.wait.place}", rank)
         raise CollectiveTimeout(self._timeout_message(board))
 
     def _arrived(self) -> bool:
+        if self.arrived is not None:
+            return self.arrived()
         return self.word is not None and self.word.reached(self.value)
 
     def _look(self, board: Board) -> None:
         self._returned(board)
-        circle = self._circle(board)
-        # Seen twice in a row, with the same waits, all still unmet: nobody in it can move any more.
-        if circle is not None and circle == self._suspected:
-            verdict = f"ranks wait for each other and none can go on: {board.where_all_are()}"
-            board.condemn(f"{verdict}. All ranks must call the same operations in the same order")
-        self._suspected = circle
+        suspects = self._stuck(board)
+        # Twice in a row the same waits, all unmet, and everybody in them was awake meanwhile: nobody can move.
+        if suspects and suspects.keys() == self._suspects.keys():
+            before = self._suspects
+            if all(s == before[r][0] and naps > before[r][1] + 1 for r, (s, naps) in suspects.items()):
+                verdict = f"ranks wait for each other and none can go on: {board.where_all_are()}"
+                board.condemn(f"{verdict}. All ranks must call the same operations in the same order")
+            return  # the first look at them stays, until they have napped twice or moved
+        self._suspects = suspects
 
     def _returned(self, board: Board) -> None:
         """Raise if the rank that this one waits for has left its function."""
@@ -130,31 +158,32 @@ class Vigil:
             )
             raise CollectiveMismatch(board.verdict())  # of who came first: all say the same
 
-    def _circle(self, board: Board) -> tuple[tuple[int, int], ...] | None:
-        """The waits that lead from this rank back to it, as (rank, serial), or None.
+    def _stuck(self, board: Board) -> dict[int, tuple[int, int]]:
+        """Who must move before this rank can: {rank: (serial of its wait, its naps)}; empty if somebody can.
 
-        Each link is checked against the counter itself, so a rank that has been overtaken by events (it was
-        stopped after its counter arrived) is not taken for a member of a circle.
+        From each wait to the rank that it is for (from a wait for anybody: to all). Each wait is checked against
+        the counter itself, so a rank that was stopped after its counter had arrived counts as one that can move.
         """
-        circle: list[tuple[int, int]] = []
-        rank = self.watch.rank
-        while True:
-            wait = board.waiting(rank)
-            if wait is None or wait.owner == NOBODY or self.watch.arena.peek(wait.offset) >= wait.value:
-                return None
-            circle.append((rank, wait.serial))
-            rank = wait.owner
-            if rank == self.watch.rank:
-                return tuple(circle)
-            if any(rank == seen for seen, _ in circle):
-                return None  # a circle, but of others: they will say so
+        found: dict[int, tuple[int, int]] = {}
+        frontier = [self.watch.rank]
+        while frontier:
+            rank = frontier.pop()
+            if rank in found or board.state(rank) == RETURNED:
+                continue
+            naps, wait = board.naps(rank), board.waiting(rank)
+            if wait is None or (wait.owner != NOBODY and self.watch.arena.peek(wait.offset) >= wait.value):
+                return {}
+            found[rank] = wait.serial, naps
+            frontier += range(board.world_size) if wait.owner == NOBODY else [wait.owner]
+        return found
 
     def _timeout_message(self, board: Board) -> str:
         absent = self.absent() if self.absent is not None else [self.wait.owner]
         absent = [rank for rank in absent if rank != NOBODY]
         stopped = [rank for rank in absent if is_stopped(board.pid(rank))]
-        who = name_ranks(absent) if absent else "no rank"
-        message = f"{who} did not come to {self.wait.place} within {self.watch.timeout_s:g} s"
+        limit = f"within {self.watch.timeout_s:g} s"
+        message = f"{name_ranks(absent)} did not come to" if absent else "nobody came to"
+        message += f" {self.wait.place} {limit}"
         if stopped:
             message += f"; {name_ranks(stopped)} {'is' if len(stopped) == 1 else 'are'} stopped (SIGSTOP)"
         return f"{message}; {board.where_all_are()}. If it is only slow, give spawn a larger timeout_s"

@@ -131,4 +131,10 @@ def _lock_fence() -> Callable[[], None]:
     return fence
 
 
+def publish_fence() -> None:
+    """What was written before is visible before what is written after."""
+    if fence is not None:
+        fence()
+
+
 fence: Callable[[], None] | None = None if platform.machine() in ("x86_64", "AMD64") else _lock_fence()

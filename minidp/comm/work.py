@@ -19,19 +19,27 @@ class Work(ABC):
 
 
 class Later(Work):
-    """A collective that runs when it is waited for, or before the next collective, in the order of issue.
+    """A collective that runs when it is waited for, or before the next collective of its communicator.
 
-    On the CPU nothing could move it on while the caller computes, so nothing is begun early: the order of
-    collectives stays the order of the program on every rank.
+    On the CPU nothing could move it on while the caller computes, so nothing is begun early: the collectives of a
+    communicator keep the order of the program on every rank. (Of two communicators they keep the order in which
+    they are waited for; that must be the same on all ranks.) An error that it meets is raised by ``wait``.
     """
 
     def __init__(self, comm: Communicator, run: Callable[[], Any]) -> None:
         self._comm, self._run, self.done = comm, run, False
+        self._error: Exception | None = None
 
     def wait(self) -> None:
         while not self.done:
             self._comm.run_oldest()
+        if self._error is not None:
+            raise self._error
 
     def run(self) -> None:
         self.done = True
-        self._run()
+        try:
+            self._run()
+        except Exception as error:
+            self._error = error
+            raise

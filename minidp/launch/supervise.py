@@ -17,9 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from minidp.comm.board import Board
-from minidp.comm.errors import CommError, RankFailed
+from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed, RankMismatch, RankTimeout
 from minidp.launch.logs import RankHandler
 from minidp.launch.progress import REFRESH_S, Display
+from minidp.launch.worker import LAST
 
 GRACE_S = 0.1  # for a rank that computes on and has not heard of the failure
 TIDY_S = 5.0  # for a rank that has been told and may be saving something
@@ -36,7 +37,7 @@ class Worker:
     lifeline: Connection
     outcome: tuple[str, Any] | None = None
     gone: bool = False
-    pending: list[Any] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)  # of a report that is not complete yet
 
     def stop(self) -> None:
         """Kill it if it lives."""
@@ -106,7 +107,12 @@ def _drain(worker: Worker, display: Display, to_the_end: bool) -> None:
     """Read reports that are there; all of them if the worker has ended."""
     try:
         while worker.report.poll(0):
-            kind, _, data = worker.report.recv_bytes().partition(b"\0")
+            piece = worker.report.recv_bytes()
+            worker.pieces.append(piece[1:])
+            if piece[:1] != LAST:
+                continue
+            kind, _, data = b"".join(worker.pieces).partition(b"\0")
+            worker.pieces.clear()
             if kind in (b"stdout", b"stderr"):
                 display.write(pickle.loads(data), kind.decode())
             else:
@@ -146,11 +152,10 @@ def _failure(worker: Worker, world_size: int) -> Exception | None:
 
 
 def _class_for(cause: BaseException | None) -> type[RankFailed]:
-    """RankFailed; for a worker's CommError a RankFailed that can be caught as that error too."""
-    kind = type(cause)
-    if isinstance(cause, CommError) and not isinstance(cause, RankFailed):
-        return type(RankFailed.__name__, (RankFailed, kind), {"__module__": RankFailed.__module__})
-    return RankFailed
+    """RankFailed; for disagreement and absence one that can be caught as that error too."""
+    if isinstance(cause, CollectiveMismatch):
+        return RankMismatch
+    return RankTimeout if isinstance(cause, CollectiveTimeout) else RankFailed
 
 
 def _how_it_ended(exitcode: int | None) -> str:
@@ -160,4 +165,6 @@ def _how_it_ended(exitcode: int | None) -> str:
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return f"was killed by {name}{hint}"
         return f"was killed by signal {-exitcode}"
+    if exitcode == 255:  # what multiprocessing says when the server can't be asked any more
+        return "ended with the process that workers are forked from: somebody killed that"
     return f"exited with code {exitcode} without a word: a library or os._exit ended it"

@@ -21,6 +21,10 @@ from minidp.comm.arena import Arena
 from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs
 
+# Reports travel in pieces that a pipe takes as a whole or not at all: a worker that is stopped in the middle of
+# a long one does not keep the parent waiting for the rest.
+PIECE, MORE, LAST = 4000, b"+", b"."
+
 inside_worker = False
 """True in a worker: ``spawn`` there is an error."""
 
@@ -98,8 +102,10 @@ def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> Non
 
     def send(message: tuple[str, Any]) -> None:
         data = message[1] if isinstance(message[1], bytes) else cloudpickle.dumps(message[1])
+        data = message[0].encode() + b"\0" + data
         with lock:
-            report.send_bytes(message[0].encode() + b"\0" + data)
+            for at in range(0, len(data), PIECE):
+                report.send_bytes((LAST if at + PIECE >= len(data) else MORE) + data[at : at + PIECE])
 
     sys.stdout, sys.stderr = _ToParent(send, "stdout"), _ToParent(send, "stderr")
     try:

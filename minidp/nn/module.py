@@ -237,11 +237,27 @@ def _check_writable(parameter: Parameter, name: str) -> None:
 
 def _load(module: Module, state: Mapping[str, Any]) -> None:
     """Check everything, convert everything, then write everything."""
+    values = checked_state(module, state)
+    for name, parameter in module.named_parameters():
+        _check_writable(parameter, name)
+    targets = _targets(module)
+    for name, value in values.items():
+        targets[name][...] = value
+
+
+def _targets(module: Module) -> dict[str, Array]:
+    """The arrays behind the names of `state_dict`, tied ones under each name."""
     targets: dict[str, Array] = {}
     for name, parameter in module.all_named_parameters():
         targets[name] = parameter.data
     for prefix, child in module._walk():
         targets.update({_join(prefix, name): getattr(child, name) for name in child._buffers})
+    return targets
+
+
+def checked_state(module: Module, state: Mapping[str, Any]) -> dict[str, Array]:
+    """Return `state` as arrays of the module's dtypes; ValueError lists everything that does not fit."""
+    targets = _targets(module)
     problems = [f"missing {name}" for name in targets if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in targets]
     values: dict[str, Array] = {}
@@ -262,7 +278,4 @@ def _load(module: Module, state: Mapping[str, Any]) -> None:
             problems.append(f"{other} and {name} are tied, but their values differ")
     if problems:
         raise ValueError("this state does not fit the model: " + "; ".join(problems))
-    for name, parameter in module.named_parameters():
-        _check_writable(parameter, name)
-    for name, value in values.items():
-        targets[name][...] = value
+    return values

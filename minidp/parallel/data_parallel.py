@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minidp import trace
+from minidp.backend import divide
 from minidp.comm import Communicator
 from minidp.comm.reduction import is_half
 from minidp.nn import Module
@@ -63,7 +64,8 @@ class DataParallel(Strategy):
         bucket_cap_mb: gradients leave in buckets of about this size. On the CPU all leave in ``step``; their order
             is fixed, and the result does not depend on this number.
         clip_norm: scale the averaged gradient down to this 2-norm if it is longer.
-        check_finite: raise NonFiniteGradient, on all ranks, rather than commit NaN or infinity.
+        check_finite: raise NonFiniteGradient, on all ranks, rather than commit a step whose averaged gradient
+            holds NaN or infinity. (An update can still overflow where the learning rate is absurd.)
 
     Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
     of w that they read), two barriers (four with ``clip_norm``), the update done once instead of N times.
@@ -81,13 +83,15 @@ class DataParallel(Strategy):
         clip_norm: float | None = None,
         check_finite: bool = True,
     ) -> None:
-        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
+        self.bucket_cap_mb = bucket_cap_mb
         if not comm.shares_memory:
             raise ValueError("DataParallel needs a communicator that shares memory; NaiveDataParallel does not")
+        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._slabs = Slabs(self.layout, optimizer.slots, self.comm)
         self._broadcast_rest()
-        self._slabs.publish(self.comm.rank)
+        if self.comm.rank == 0:
+            self.layout.pack(self._slabs.params[1])
         self._slabs.bind_grads(self.comm.rank)
         self.comm.barrier()
         self._slabs.flip()
@@ -98,18 +102,20 @@ class DataParallel(Strategy):
         self._trouble: _Trouble | None = None
 
     def load_state_dict(self, state: StateDict) -> None:
-        state = self._checked_everywhere(state)
-        self.release()
-        self.model.load_state_dict(state)
-        self._slabs.publish(self.comm.rank)
-        self._slabs.bind_grads(self.comm.rank)
-        self.comm.barrier()
+        values = self._checked_everywhere(state)
+        inside = {name for segment in self.layout.segments for name in segment.names}
+        targets = {name: p.data for name, p in self.model.named_parameters()} | dict(self.model.named_buffers())
+        for name, target in targets.items():
+            if name not in inside:
+                target[...] = values[name]
+        if self.comm.rank == 0:
+            self._slabs.stage(values)
+        self.comm.all_gather_int(0, "load_state_dict")
         self._slabs.flip()
         self.discard()
 
-    def release(self) -> None:
-        """Give the model parameters of its own again: after this it belongs to no strategy. Not collective."""
-        self.layout.release()
+    def _options(self) -> tuple[Any, ...]:
+        return (*super()._options(), self.bucket_cap_mb)
 
     # -- a step ----------------------------------------------------------------------------------------
 
@@ -120,7 +126,7 @@ class DataParallel(Strategy):
         comm = self.comm
         self.layout.zero_unwritten(self._slabs.grads[comm.rank])
         with trace.span("wait for gradients", "wait"):
-            total = sum(comm.all_gather_int(samples, "gradients"))  # Σ n_i
+            total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
         if total == 0:
             return
         self._trouble = None
@@ -132,7 +138,9 @@ class DataParallel(Strategy):
                 self._clipped_update(total, self.clip_norm)
         with trace.span("wait for parameters", "wait"):
             # A committed step is one that no rank found fault with: 0 from everybody.
-            elements = comm.all_gather_int(0 if self._trouble is None else 1 + self._trouble.element, "parameters")
+            elements = comm.all_gather_int(
+                0 if self._trouble is None else 1 + self._trouble.element, "step/parameters"
+            )
         self._count_traffic()
         if any(elements):
             self._raise_non_finite(elements)
@@ -142,12 +150,12 @@ class DataParallel(Strategy):
         """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32."""
         mean, parts = block.mean, block.parts
         if len(parts) == 1:
-            np.divide(parts[0], total, out=mean, dtype=mean.dtype)
+            divide(parts[0].astype(mean.dtype, copy=False), total, out=mean)
         else:
             np.add(parts[0], parts[1], out=mean, dtype=mean.dtype)
             for part in parts[2:]:
                 np.add(mean, part, out=mean)
-            np.divide(mean, total, out=mean)
+            divide(mean, total, out=mean)
         # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
         if self.check_finite and self._trouble is None and not math.isfinite(np.dot(mean, mean)):
             self._trouble = _find_trouble(block)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from minidp.comm import Communicator
+from minidp.comm.reduction import is_half
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
@@ -36,8 +37,10 @@ class NaiveDataParallel(Strategy):
     ) -> None:
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
         for segment in self.layout.segments:
+            segment.parameter.data = np.ascontiguousarray(segment.parameter.data)
             self.comm.broadcast(segment.parameter.data, 0)  # the same w everywhere
         self._broadcast_rest()
+        self._start_gradients()
         self._state = [
             {slot: np.zeros(segment.size, segment.parameter.dtype) for slot in optimizer.slots}
             for segment in self.layout.segments
@@ -68,20 +71,20 @@ class NaiveDataParallel(Strategy):
         """Σ n_i ∇L_i / Σ n_i of one parameter, flat. Direct: everybody's, added in order of rank."""
         parameter = self.layout.segments[i].parameter
         own = np.zeros(parameter.shape, parameter.dtype) if parameter.grad is None else parameter.grad.numpy()
-        gradient = own.reshape(-1).copy()
+        wide = np.float32 if is_half(own.dtype) else own.dtype  # half precision is summed in float32
+        gradient = own.reshape(-1).astype(wide)
         sent, received = self.comm.traffic.bytes_sent, self.comm.traffic.bytes_received
         self.comm.all_reduce(gradient, algorithm="direct")
         self._exchanged.add(self.comm.traffic.bytes_sent - sent, self.comm.traffic.bytes_received - received)
         gradient /= total
         if self.check_finite and not np.isfinite(gradient).all():
             self._raise_non_finite(i, own)
-        return gradient
+        return gradient.astype(own.dtype, copy=False)
 
     def _update(self, i: int, gradient: np.ndarray) -> None:
         segment, state = self.layout.segments[i], self._state[i]
-        w = segment.parameter.data.reshape(-1)
-        group = self.optimizer.group_of(segment.parameter)
-        hyper = self.optimizer.hyper(group, self.updates)
+        w = segment.parameter.data.reshape(-1)  # a view: the constructor has made the parameters contiguous
+        hyper = self.optimizer.hyper(self.optimizer.group_of(segment.parameter), self.updates)
         scratch = tuple(np.empty_like(w) for _ in range(self.optimizer.scratch))
         self.optimizer.update(
             w, gradient, state, w, state, lr=hyper["lr"], t=self.updates, hyper=hyper, scratch=scratch

@@ -9,6 +9,7 @@ Memory, Ψ elements, all ranks together: 2Ψ for w, 2Ψ for each slot of the sta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,13 @@ class Slabs:
         self.current = 0
         self._views = tuple(layout.views(_read_only(buffer)) for buffer in self.params)
 
-    def publish(self, rank: int) -> None:
-        """Rank 0 writes the parameters' present values to the buffer that comes next; others do nothing."""
-        if rank == 0:
-            self.layout.pack(self.params[1 - self.current])
+    def stage(self, values: Mapping[str, Flat]) -> None:
+        """Prepare the coming flip to change the parameters to ``values``, by name, and nothing else."""
+        target = self.params[1 - self.current]
+        for segment, view in zip(self.layout.segments, self.layout.views(target)):
+            view[...] = values[segment.name]
+        for buffers in self.state.values():
+            buffers[1 - self.current][...] = buffers[self.current]
 
     def bind_grads(self, rank: int) -> None:
         """Let backward write its gradients straight into this rank's slab."""

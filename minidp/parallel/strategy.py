@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import CollectiveMismatch, Communicator, Traffic
 from minidp.nn import DropoutScope, Layout, Module
+from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
+from minidp.parallel.errors import NonFiniteGradient
 
 StateDict = dict[str, np.ndarray]
 
@@ -56,10 +59,10 @@ class Strategy(ABC):
         # A duplicate, so that the user's own collectives can't come between ours.
         self.comm = comm.duplicate(type(self).__name__)
         self._agree()
+        _owners[model] = ref(self)
         self.updates = 0
         self._exchanged = Traffic()
-        self._backwards = 0
-        self._samples = 0
+        self._backwards = self._samples = 0
         self._poison: BaseException | None = None
         self._scope = self._next_scope()
 
@@ -99,8 +102,6 @@ class Strategy(ABC):
             raise ValueError(f"samples={samples!r}: the number of items that the loss is a mean over, 0 or more")
         try:
             with trace.span("backward", "compute"):
-                if self._backwards == 0:
-                    self._start_gradients()
                 loss.backward(gradient=int(samples))
         except BaseException as error:
             self._poison = error
@@ -122,33 +123,50 @@ class Strategy(ABC):
                 f"a forward or backward of this step failed ({type(self._poison).__name__}: {self._poison}), so "
                 "its gradients are incomplete: call strategy.discard(), then go on with the next batch"
             ) from self._poison
-        if self._backwards == 0:
-            self._start_gradients()
+        if self._backwards == 0 and any(segment.parameter.grad is not None for segment in self.layout.segments):
+            raise RuntimeError(
+                "there are gradients that the strategy knows nothing of: call strategy.backward(loss, samples=n) "
+                "in place of loss.backward(), so that they can be weighted with n"
+            )
         try:
-            self._reduce_and_update(self._samples)
-        except FloatingPointError as error:
+            with np.errstate(all="ignore"):  # NaN and infinity are looked for, not stumbled over
+                self._reduce_and_update(self._samples)
+        except NonFiniteGradient as error:
             self._poison = error
             raise
         self.updates += 1
-        self._backwards = self._samples = 0
-        self._scope = self._next_scope()
+        self._start_step()
         self.comm.progress(self.updates)
 
     def discard(self) -> None:
         """Forget the gradients of the step that has begun, and a failure in it. Not collective."""
         self._poison = None
+        self._start_step()
+
+    def _start_step(self) -> None:
         self._backwards = self._samples = 0
+        self._scope = self._next_scope()
+        self._start_gradients()
 
     # -- state -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
         """The full model, dotted names to host arrays, on every rank. Collective: waits for all ranks."""
-        self.comm.barrier()
+        self.comm.all_gather_int(0, "state_dict")
         return self.model.state_dict()
 
     @abstractmethod
     def load_state_dict(self, state: StateDict) -> None:
         """Give every rank the parameters and buffers that rank 0 was given. Collective."""
+
+    def release(self) -> None:
+        """Give the model parameters of its own again; it belongs to no strategy then. Not collective.
+
+        This strategy can't go on afterwards.
+        """
+        self.layout.release()
+        _owners.pop(self.model, None)
+        self._poison = RuntimeError("the strategy has been released")
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -188,20 +206,12 @@ class Strategy(ABC):
             self.comm.broadcast(buffer, 0)
 
     def _checked_everywhere(self, state: StateDict) -> StateDict:
-        """Rank 0's ``state`` on every rank, after every rank has found that it fits; else ValueError on all."""
-        state = self.comm.broadcast_object(state, 0)
-        own = self.model.state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [
-            f"{name} has shape {np.shape(state[name])}, the model's {own[name].shape}"
-            for name in sorted(own.keys() & state.keys())
-            if np.shape(state[name]) != own[name].shape
-        ]
-        if missing or unknown or shapes:
-            problems = [f"missing: {', '.join(missing)}"] * bool(missing)
-            problems += [f"unknown: {', '.join(unknown)}"] * bool(unknown)
-            raise ValueError(f"this state does not fit the model: {'; '.join(problems + shapes)}")
-        return state
+        """Rank 0's ``state`` on every rank, once every rank has found that it fits; else ValueError on all."""
+        return checked_state(self.model, self.comm.broadcast_object(state, 0, "load_state_dict"))
+
+    def _options(self) -> tuple[Any, ...]:
+        """What else all ranks must agree about."""
+        return self.accumulation_steps, self.clip_norm, self.check_finite
 
     def _check_backward(self) -> None:
         if self._poison is not None:
@@ -215,16 +225,27 @@ class Strategy(ABC):
             )
 
     def _agree(self) -> None:
-        """See that all ranks have built the same model and optimizer."""
-        mine = (self.layout.describe(), repr(self.optimizer), self.accumulation_steps, self.clip_norm)
-        everybody = self.comm.all_gather_object(mine)
-        self._seed: int = self.comm.broadcast_object(self.model.init_seed, 0)
-        for rank, theirs in enumerate(everybody):
-            if theirs != everybody[0]:
+        """See that all ranks have built the same: each applies its own rule to its own slice of the one w."""
+        mine = (self.layout.describe(), repr(self.model), _describe(self.optimizer, self.layout), self._options())
+        name = type(self).__name__
+        everybody = self.comm.all_gather_object((mine, self.model.init_seed), f"{name}(…)")
+        self._seed: int = everybody[0][1]
+        for rank, (theirs, _) in enumerate(everybody):
+            if theirs != everybody[0][0]:
                 raise CollectiveMismatch(
-                    f"rank {rank} has built another {type(self).__name__} than rank 0: "
-                    f"{_difference(everybody[0], theirs)}. All ranks must build the same model and optimizer"
+                    f"rank {rank} has built another {name} than rank 0: {_difference(everybody[0][0], theirs)}. "
+                    "All ranks must build the same model, optimizer and strategy"
                 )
+
+
+def _describe(optimizer: Optimizer, layout: Layout) -> tuple[Any, ...]:
+    """Groups with the names of their parameters and their hyperparameters, a schedule by its first rate."""
+    names = {id(segment.parameter): segment.name for segment in layout.segments}
+    groups = [
+        (tuple(names.get(id(p), "frozen") for p in group["params"]), tuple(optimizer.hyper(i, 0).items()))
+        for i, group in enumerate(optimizer.groups)
+    ]
+    return (repr(optimizer), *groups)
 
 
 def _difference(reference: tuple[Any, ...], other: tuple[Any, ...]) -> str:
@@ -238,13 +259,18 @@ def _difference(reference: tuple[Any, ...], other: tuple[Any, ...]) -> str:
     return next(f"{found} instead of {want}" for want, found in rest if want != found)
 
 
+# Which strategy trains a model, as long as that strategy lives and has not released it.
+_owners: WeakKeyDictionary[Module, ReferenceType[Strategy]] = WeakKeyDictionary()
+
+
 def _check_free(model: Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter._grad_slot is not None:
-            raise ValueError(
-                f"the model belongs to another strategy already (its parameter {name!r} lies in that one's "
-                "memory): build one strategy a model, or call release() on the other one first"
-            )
+    owner = _owners.get(model)
+    bound = any(parameter._grad_slot is not None for parameter in model.parameters())
+    if bound or (owner is not None and owner() is not None):
+        raise ValueError(
+            "the model belongs to another strategy already: build one strategy a model, or call release() on the "
+            "other one first"
+        )
 
 
 def _check_parameters(model: Module, optimizer: Optimizer) -> None:
