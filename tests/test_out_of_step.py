@@ -174,7 +174,7 @@ def late_one_after_the_other(comm: Any) -> None:
 
 def test_patience_is_counted_once() -> None:
     start = time.monotonic()
-    with pytest.raises(minidp.CollectiveTimeout, match="rank 3 did not come"):
+    with pytest.raises(minidp.CollectiveTimeout, match=r"ranks? (2, )?3 did not come"):
         minidp.spawn(late_one_after_the_other, 4, timeout_s=1.0)
     assert time.monotonic() - start < 2.0
 
