@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -119,7 +120,10 @@ def show(console: Console, result: Outcome) -> None:
 
 def explain(result: Outcome) -> str:
     workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
-    if result.relative_difference < 1e-3:
+    chance = math.log(10)  # the loss of guessing among ten digits
+    if not max(result.loss, result.loss_one_worker) < chance:
+        same = f"[yellow]Neither learnt: η = {result.lr:g} is too large, and then rounding grows from step to step.[/]"
+    elif result.relative_difference < 1e-3:
         same = f"{workers} and one end at the same w, but for float32's rounding of sums."
     else:
         same = "[red]The two ended at different w: this should not happen; please report it.[/]"
