@@ -122,7 +122,7 @@ def explain(result: Outcome) -> str:
     workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
     chance = math.log(10)  # the loss of guessing among ten digits
     if not max(result.loss, result.loss_one_worker) < chance:
-        same = f"[yellow]Neither learnt: η = {result.lr:g} is too large, and then rounding grows from step to step.[/]"
+        same = f"[yellow]Neither learnt: η = {result.lr:g} is too large, so rounding grows with each step.[/]"
     elif result.relative_difference < 1e-3:
         same = f"{workers} and one end at the same w, but for float32's rounding of sums."
     else:
