@@ -74,7 +74,7 @@ class Kernel:
         self.client.start_channels()
 
     def run(self, source: str) -> None:
-        self.client.execute(source)
+        self.client.execute(source, stop_on_error=False)  # else what follows an interrupt may be dropped
 
     def says(self) -> dict[str, Any]:
         """The next thing, whatever it is."""
