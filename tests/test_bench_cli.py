@@ -44,6 +44,7 @@ def check_schema(report: dict[str, Any], bench: str, pairs: int) -> None:
         report["machine"]
     )
     assert set(report["machine"]["versions"]) == {"minidp", "numpy", "torch", "mpi4py", "mpich"}
+    assert report["others_cores"] is None or report["others_cores"] >= 0
     for line in report["lines"]:
         assert line["job"]
         assert line["who"]

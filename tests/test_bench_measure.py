@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from minidp.bench import allreduce, cli, contest, jobs, measure, scaling
+from minidp.bench import allreduce, cli, contest, jobs, machine, measure, scaling
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import Bar, Figure, compare, ratio
 from minidp.bench.report import Line, Report
@@ -133,6 +134,37 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         cli.main(arguments)
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_neighbours_are_what_the_machine_did_besides_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    # user nice system idle iowait irq softirq steal: 100 + 20 + 30 busy ticks, of which our process took 25
+    files = {
+        "/proc/stat": "cpu  100 0 20 9000 500 0 0 30 0 0\ncpu0 1 2 3\n",
+        "/proc/7/stat": "7 (py (thon) 3) S 1 7 7 0 -1 0 0 0 0 0 20 5 0 0",
+    }
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(Path, "read_text", lambda self: files[str(self)])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
+    neighbours = machine.Neighbours({7})
+    files["/proc/stat"] = "cpu  300 0 20 9000 500 0 0 60 0 0\n"  # 230 more
+    files["/proc/7/stat"] = "7 (py (thon) 3) S 1 7 7 0 -1 0 0 0 0 0 160 15 0 0"  # 150 of them ours
+    assert neighbours.cores() == pytest.approx((230 - 150) * tick / 2)
+
+
+def test_a_machine_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_proc(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", no_proc)
+    assert machine.Neighbours({7}).cores() is None
+
+
+@pytest.mark.parametrize(("others", "warned"), [(None, False), (0.05, False), (0.8, True)])
+def test_noise_is_called_noise(others: float | None, warned: bool) -> None:
+    console = Console(width=120, file=io.StringIO(), record=True)
+    Report("step", "steps", Rounds(9, 0.4), {}, others=others).print(console)
+    assert ("other processes took 0.80 of its" in console.export_text()) == warned
 
 
 @pytest.mark.parametrize("width", [200, 80])

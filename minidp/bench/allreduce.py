@@ -52,6 +52,7 @@ def run(rounds: Rounds, screen: Screen, sizes: Sequence[int] = SIZES) -> Report:
                         limit = bar(nbytes) if entrant is MPICH else None
                         line = line.compared(f"{entrant.short} / ours", ratio(seconds, samples[OURS_2.key], limit))
                     report.lines.append(line)
+        report.others = teams.others
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from minidp.bench import measure
 from minidp.bench.jobs import Job
+from minidp.bench.machine import Neighbours
 from minidp.bench.roster import Entrant
 from minidp.bench.screen import Screen
 from minidp.bench.team import PeerFailed, Team
@@ -37,6 +39,16 @@ class Contest:
         self.teams: dict[str, Team] = {}
         self.missing: list[str] = []
         self._screen = screen
+        self._neighbours = Neighbours(set())
+
+    def watch(self) -> None:
+        """From now on count what processes other than the teams' take."""
+        self._neighbours = Neighbours({os.getpid(), *(pid for team in self.teams.values() for pid in team.pids)})
+
+    @property
+    def others(self) -> float | None:
+        """How many cores' worth other processes of this machine, or other guests of its host, took meanwhile."""
+        return self._neighbours.cores()
 
     def run(self, job: Job, rounds: Rounds) -> dict[str, list[float]]:
         """Seconds per repetition of ``job`` in every round, by team."""
@@ -71,6 +83,7 @@ def contest(entrants: Sequence[Entrant], screen: Screen) -> Iterator[Contest]:
                 if _gathered(entrant, team, result):
                     result.teams[entrant.key] = team
             folder.cleanup()  # all are connected: even if this process is killed from now on, no file is left
+            result.watch()
             yield result
         finally:
             for team in launched.values():

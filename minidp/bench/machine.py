@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Set
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +14,6 @@ from typing import Any
 from minidp.launch import blas
 
 VERSIONS = ("minidp", "numpy", "torch", "mpi4py", "mpich")
-BUSY = 0.5  # load average above which the header warns: with 2 cores a quarter of them is somebody else's
 
 
 def version_of(package: str) -> str | None:
@@ -54,3 +55,37 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+class Neighbours:
+    """Counts the processor time that others take from now on, besides the processes ``pids``.
+
+    Others are other processes here and, on a virtual machine, other guests of the host ("steal").
+    """
+
+    def __init__(self, pids: Set[int]) -> None:
+        self._pids = pids
+        self._start = time.monotonic(), _taken_s(pids)
+
+    def cores(self) -> float | None:
+        """How many cores' worth they took since the beginning; None where the system does not tell (no /proc)."""
+        then, before = self._start
+        now, after = time.monotonic(), _taken_s(self._pids)
+        if before is None or after is None:
+            return None
+        return max(0.0, (after - before) / max(now - then, 1e-9))
+
+
+def _taken_s(pids: Set[int]) -> float | None:
+    """Processor time of the whole machine since it started, less that of ``pids``, in seconds."""
+    try:
+        # user nice system idle iowait irq softirq steal …, in ticks
+        machine = [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        busy = sum(machine) - machine[3] - machine[4]
+        for pid in pids:
+            # utime and stime follow the name, which may hold blanks and brackets
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            busy -= int(fields[11]) + int(fields[12])
+    except OSError:
+        return None
+    return busy / os.sysconf("SC_CLK_TCK")

@@ -19,6 +19,8 @@ from minidp.bench import machine
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import PROPER_PAIRS, Figure
 
+QUIET = 0.1  # of a core; the services of an idle machine take a few hundredths
+
 
 @dataclass(frozen=True)
 class Line:
@@ -70,6 +72,7 @@ class Report:
         bench: its name on the command line.
         title: what is measured, in a few words.
         columns: heading and number format of the ``Line.figures`` that the table shows, by key.
+        others: cores' worth of time that other processes took meanwhile, if it could be measured.
         notes: how to read the figures; printed under the table.
     """
 
@@ -79,6 +82,7 @@ class Report:
     columns: Mapping[str, tuple[str, str]]
     lines: list[Line] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    others: float | None = None
     notes: Sequence[str] = ()
     machine: dict[str, Any] = field(default_factory=machine.describe)
 
@@ -89,6 +93,7 @@ class Report:
             "pairs": self.rounds.pairs,
             "burst_s": self.rounds.burst_s,
             "proper": self.rounds.proper,
+            "others_cores": self.others,
             "missing": self.missing,
             "lines": [line.as_json() for line in self.lines],
         }
@@ -99,9 +104,6 @@ class Report:
     def print(self, console: Console) -> None:
         """The header line, the table, what is missing, how many bars are met."""
         console.print(f"[dim]{escape(machine.headline(self.machine))}")
-        load = self.machine["load_average_1min"]
-        if load > machine.BUSY:
-            console.print(f"[yellow]The machine was busy at the start (load average {load}): expect noise.")
         for hidden in (set(), {"quartiles"}, {"quartiles", *list(self.columns)[1:]}):
             table = self._table(hidden)
             if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
@@ -110,6 +112,9 @@ class Report:
         for sentence in [*self.missing, *self.notes]:
             console.print(escape(sentence), style="yellow" if sentence in self.missing else "dim")
         console.print(self._verdict())
+        if self.others is not None and self.others > QUIET:
+            others = f"other processes took {self.others:.2f} of its {self.machine['cores']} cores"
+            console.print(f"[bold yellow]Not a quiet machine: {others}. These figures are noise.")
 
     def _table(self, hidden: set[str]) -> Table:
         """The table without the columns ``hidden``, for narrow terminals."""

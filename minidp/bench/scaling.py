@@ -36,6 +36,7 @@ def run(rounds: Rounds, screen: Screen, models: Sequence[Training] = MODELS) -> 
                     seconds = samples[entrant.key]
                     line = Line(job.name, entrant.name, step.figures(job, seconds, entrant.world_size), seconds)
                     report.lines.append(_compare(line, entrant, job, samples))
+        report.others = teams.others
     return report
 
 

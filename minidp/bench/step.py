@@ -33,6 +33,7 @@ def run(rounds: Rounds, screen: Screen, models: tuple[Training, ...] = MODELS) -
             report.lines.append(line)
             if theirs is not None:
                 report.lines.append(Line(job.name, EAGER.name, figures(job, theirs, 1), theirs))
+        report.others = teams.others
     return report
 
 

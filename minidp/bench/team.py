@@ -121,6 +121,11 @@ class Team:
             rank.close()
         self._listener.close()
 
+    @property
+    def pids(self) -> set[int]:
+        """Of all ranks, and of what launched them."""
+        return {*self._pids, *(process.pid for process in self._processes)}
+
     def close(self) -> None:
         """Let the ranks end by themselves, then kill what has not ended. Twice is once."""
         with interrupts.held():
