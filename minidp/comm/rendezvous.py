@@ -115,6 +115,9 @@ class Rendezvous:
 
     def arrive(self, header: Header, note: int = 0) -> list[int]:
         """A barrier inside a collective: publish this rank's header, note and payload, wait for all others'."""
+        if not self._peers:  # a group of one has met
+            self.generation += 1
+            return [note]
         if self.broken is not None:
             raise CommError(f"this communicator is out of step since an earlier error: {self.broken}")
         parity, sequence = self.parity(), self.sequence

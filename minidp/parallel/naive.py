@@ -75,7 +75,8 @@ class NaiveDataParallel(Strategy):
         gradient = own.reshape(-1).astype(wide)
         sent, received = self.comm.traffic.bytes_sent, self.comm.traffic.bytes_received
         self.comm.all_reduce(gradient, algorithm="direct")
-        self._exchanged.add(self.comm.traffic.bytes_sent - sent, self.comm.traffic.bytes_received - received)
+        self._exchanged.bytes_sent += self.comm.traffic.bytes_sent - sent
+        self._exchanged.bytes_received += self.comm.traffic.bytes_received - received
         gradient /= total
         if self.check_finite and not np.isfinite(gradient).all():
             self._raise_non_finite(i, own)

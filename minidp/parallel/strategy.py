@@ -18,6 +18,7 @@ from minidp.optim import Optimizer
 from minidp.parallel.errors import NonFiniteGradient
 
 StateDict = dict[str, np.ndarray]
+WHOLE = (int, np.integer)
 
 
 class Strategy(ABC):
@@ -61,7 +62,7 @@ class Strategy(ABC):
         self._agree()
         _owners[model] = ref(self)
         self.updates = 0
-        self._exchanged = Traffic()
+        self._exchanged = Traffic(parent=self.comm.traffic)
         self._backwards = self._samples = 0
         self._poison: BaseException | None = None
         self._scope = self._next_scope()
@@ -98,7 +99,7 @@ class Strategy(ABC):
         May be called ``accumulation_steps`` times before ``step``. With 0 samples it adds zeros.
         """
         self._check_backward()
-        if not isinstance(samples, int | np.integer) or samples < 0:
+        if not isinstance(samples, WHOLE) or samples < 0:
             raise ValueError(f"samples={samples!r}: the number of items that the loss is a mean over, 0 or more")
         try:
             with trace.span("backward", "compute"):
