@@ -166,6 +166,7 @@ _METHODS = {
     "all": ("axis", "out", "keepdims"),
     "argmax": ("axis", "out", "keepdims"),
     "astype": ("dtype", "copy"),
+    "view": ("dtype",),
     "reshape": (),
     "transpose": (),
     "swapaxes": (),

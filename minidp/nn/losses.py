@@ -32,7 +32,7 @@ class CrossEntropy(Function):
         total = p.sum(axis=1, keepdims=True)
         p /= total
         self.saved = p, at
-        return (xp.log(total).sum() - picked.sum()) / n
+        return (xp.log(total).ravel() - picked).sum() / n
 
     def backward(self, grad: Array) -> Any:
         p, at = self.saved
@@ -60,15 +60,16 @@ def check_labels(logits: Array, labels: Array, xp: Any) -> Array:
             f"cross_entropy: {n} logits need labels of shape ({n},), not {labels.shape}; "
             "one integer per sample, no one-hot rows"
         )
-    wrong = (labels < 0) | (labels >= classes)
+    host, labels = labels, labels.astype("int64", copy=False)
+    wrong = labels.view("uint64") >= classes  # a negative label, seen as unsigned, is larger than any class
     if wrong.any():
-        host = to_numpy(labels)
+        host = to_numpy(host)
         where = int(to_numpy(wrong).argmax())
         raise ValueError(
             f"cross_entropy: label {host[where]} of sample {where} is outside 0 … {classes - 1} "
             f"({classes} classes, as the logits have columns)"
         )
-    return labels.astype("int64", copy=False)
+    return labels
 
 
 class MSELoss(Function):
