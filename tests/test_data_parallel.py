@@ -272,6 +272,35 @@ def test_tied_frozen_and_sometimes_used_parameters(strategy: str) -> None:
     assert same_bits({"w": first["frozen.weight"]}, {"w": start["frozen.weight"]})
 
 
+def dropped(comm: Any, how: str) -> list[bytes]:
+    """Which units survived in each forward of two updates with two backwards each."""
+    seen: list[bytes] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Any) -> Any:
+            seen.append((x.numpy() != 0).tobytes())
+            return x
+
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), Spy(), nn.Linear(64, 3), seed=3 + comm.rank)
+    s = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm, accumulation_steps=2)
+    x, y = dataset("float32").arrays
+    for _ in range(2):
+        for _ in range(2):
+            if how == "forward_backward":
+                s.forward_backward(x[:4], y[:4], F.cross_entropy)
+            else:
+                s.backward(F.cross_entropy(model(x[:4]), y[:4]), samples=4)
+        s.step()
+    return seen
+
+
+def test_dropout_masks_are_a_function_of_update_call_and_rank() -> None:
+    runs = [minidp.spawn(dropped, 2, how) for how in ("forward_backward", "forward_backward", "by hand")]
+    assert runs[0] == runs[1] == runs[2]
+    masks = [mask for rank in runs[0] for mask in rank]
+    assert len(set(masks)) == 8, "each forward of each rank drops others"
+
+
 def test_one_rank_alone_without_spawn() -> None:
     state, metrics = train(comm_self(), "DataParallel", "adam", {})
     assert distance(plain_training("adam"), state) <= 1e-9

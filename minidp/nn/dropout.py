@@ -14,8 +14,8 @@ from minidp.nn.module import Module
 class DropoutScope:
     """What dropout masks depend on besides the layer: `seed`, update index and rank (or micro-shard index).
 
-    As a context manager it holds for the block; `activate` makes it hold until another one does. It counts
-    the calls of each layer, so a layer that is called twice in one update draws two masks.
+    As a context manager it holds for the block. It counts the calls of each layer, so a layer that is called
+    twice in one update draws two masks.
     """
 
     __slots__ = ("_calls", "_tokens", "rank", "seed", "update")
@@ -31,9 +31,10 @@ class DropoutScope:
         self._calls[layer] = call + 1
         return call
 
-    def activate(self) -> None:
-        """Let this scope hold from now on, in this context."""
-        _scope.set(self)
+    def begin(self, update: int) -> None:
+        """Go on to another update: its masks differ, and each layer's calls are counted from 0 again."""
+        self.update = update
+        self._calls.clear()
 
     def __enter__(self) -> Self:
         self._tokens.append(_scope.set(self))
@@ -64,6 +65,10 @@ class Dropout(Module):
             raise ValueError(f"Dropout: p is a probability, not {p}")
         self.p = p
         self._own_scope = DropoutScope()
+
+    def follow(self, scope: DropoutScope) -> None:
+        """Outside of any ambient scope, draw the masks of `scope`: a strategy sets it for its model's layers."""
+        self._own_scope = scope
 
     def forward(self, x: Any) -> Tensor:
         if not self.training or self.p == 0:

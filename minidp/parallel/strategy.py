@@ -12,7 +12,7 @@ import numpy as np
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import CollectiveMismatch, Communicator, Traffic
-from minidp.nn import DropoutScope, Layout, Module
+from minidp.nn import Dropout, DropoutScope, Layout, Module
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
 from minidp.parallel.errors import NonFiniteGradient
@@ -65,7 +65,11 @@ class Strategy(ABC):
         self._exchanged = Traffic(parent=self.comm.traffic)
         self._backwards = self._samples = 0
         self._poison: BaseException | None = None
-        self._scope = self._next_scope()
+        # This rank's dropout masks, in the caller's own forwards as well: a function of seed, update and rank.
+        self._dropout = DropoutScope(seed=self._seed, rank=self.comm.rank)
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.follow(self._dropout)
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -85,7 +89,7 @@ class Strategy(ABC):
         """
         self._check_backward()
         try:
-            with self._scope, trace.span("forward", "compute"):
+            with trace.span("forward", "compute"):
                 loss = loss_fn(self.model(x), y)
         except BaseException as error:
             self._poison = error
@@ -146,7 +150,7 @@ class Strategy(ABC):
 
     def _start_step(self) -> None:
         self._backwards = self._samples = 0
-        self._scope = self._next_scope()
+        self._dropout.begin(self.updates)
         self._start_gradients()
 
     # -- state -----------------------------------------------------------------------------------------
@@ -180,12 +184,6 @@ class Strategy(ABC):
             "staleness_mean": 0.0,
             "staleness_max": 0.0,
         }
-
-    def _next_scope(self) -> DropoutScope:
-        """What this rank's dropout masks depend on until the next update, in the caller's forwards as well."""
-        scope = DropoutScope(seed=self._seed, update=self.updates, rank=self.comm.rank)
-        scope.activate()
-        return scope
 
     # -- for subclasses --------------------------------------------------------------------------------
 
