@@ -24,7 +24,6 @@ __all__ = [
     "asarray",
     "count",
     "current_meter",
-    "divide",
     "find_module",
     "generator",
     "meter",
@@ -91,17 +90,6 @@ def asarray(x: Any, xp: Any, dtype: Any = None) -> Array:
     if xp is np and find_module(x) not in (None, np):
         x = to_numpy(x)
     return xp.asarray(x, dtype=dtype)
-
-
-def divide(x: Array, n: Any, out: Array) -> Array:
-    """Write x / n into `out` and return it.
-
-    Where 1/n is exact (n a power of two) it multiplies: the same bits in 40 % of the time.
-    """
-    xp = array_module(x)
-    if isinstance(n, int) and n > 0 and n & (n - 1) == 0 and x.dtype.kind == "f" and n <= 1 << 14:
-        return xp.multiply(x, 1 / n, out=out)
-    return xp.divide(x, n, out=out)
 
 
 def synchronize(xp: Any) -> None:

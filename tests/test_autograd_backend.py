@@ -43,20 +43,6 @@ def test_importing_the_engine_does_not_import_cupy_or_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@settings(derandomize=True, deadline=None)
-@given(st.floats(-(2.0**99), 2.0**99, width=32), st.integers(1, 1 << 15))
-def test_divide_has_the_bits_of_division(x, n):
-    array = np.array([x, 1e-40, 3.4e38, np.inf], np.float32)
-    out = np.empty_like(array)
-    assert backend.divide(array, n, out) is out
-    assert out.tobytes() == (array / n).tobytes()
-
-
-def test_divide_keeps_fractions_exact():
-    x = np.array([Fraction(1, 3), Fraction(2)], dtype=object)
-    assert backend.divide(x, 4, x).tolist() == [Fraction(1, 12), Fraction(1, 2)]
-
-
 def test_generator_is_a_function_of_its_key():
     def draw(*key):
         return backend.generator(*key).random(4).tolist()

@@ -152,6 +152,26 @@ def test_plain_steps_equal_the_rule_on_a_slab(rule, hyper):
     assert all(p.grad is None for p in params)
 
 
+@rules
+def test_an_exact_scale_has_the_bits_of_division_before_the_rule(rule, hyper):
+    """1/n is exact for a power of two: η·(1/n)·Σ is η·(Σ/n), and a pass over the gradient is saved."""
+    optimizer = make(rule, [nn.Parameter(np.zeros(100, np.float32))], **hyper)
+    results = []
+    for scaled in (True, False):
+        w = np.ones(100, np.float32)
+        state = {slot: np.zeros(100, np.float32) for slot in optimizer.slots}
+        for t in range(3):
+            g = np.random.default_rng([2, t]).standard_normal(100).astype(np.float32) * 64
+            scratch = tuple(np.empty_like(w) for _ in range(optimizer.scratch))
+            options = {"lr": 0.1, "t": t, "hyper": optimizer.hyper(0, t), "scratch": scratch}
+            if scaled:
+                optimizer.update(w, g, state, w, state, **options, scale=1 / 64)
+            else:
+                optimizer.update(w, g / 64, state, w, state, **options)
+        results.append(w.tobytes())
+    assert results[0] == results[1]
+
+
 def test_momentum_correction_of_goyal_et_al():
     """v ← μ (η_{t+1}/η_t) v + η_{t+1} g, w ← w − v, their equation 10, is what we compute when η changes."""
     rates, mu = [0.1, 0.1, 0.4, 0.4, 0.05], 0.9

@@ -89,8 +89,11 @@ class Optimizer:
         t: int,
         hyper: Mapping[str, Any],
         scratch: tuple[Array, ...],
+        scale: Any = 1,
     ) -> None:
         """Write the weights after update number `t` (from 0) into `w_out`, the new state into `state_out`.
+
+        The gradient is ``scale * g``: a rule that multiplies g anyway need not pass over it twice.
 
         All arrays have one shape and dtype. `w`, `g`, `state` are read; `g` and the arrays of `scratch` (as
         many as ``self.scratch``) may be overwritten; outputs may be the same arrays as their inputs. Nothing

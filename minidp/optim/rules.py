@@ -54,9 +54,16 @@ class SGD(Optimizer):
         t: int,
         hyper: Mapping[str, Any],
         scratch: tuple[Array, ...],
+        scale: Any = 1,
     ) -> None:
         xp = array_module(w)
         decay, momentum = hyper["weight_decay"], hyper["momentum"]
+        if not decay and not momentum:
+            xp.multiply(g, lr * scale, out=scratch[0])
+            xp.subtract(w, scratch[0], out=w_out)
+            return
+        if scale != 1:
+            xp.multiply(g, scale, out=g)
         step = g
         if decay:
             xp.multiply(w, decay, out=scratch[0])
@@ -116,8 +123,11 @@ class Adam(Optimizer):
         t: int,
         hyper: Mapping[str, Any],
         scratch: tuple[Array, ...],
+        scale: Any = 1,
     ) -> None:
         xp = array_module(w)
+        if scale != 1:
+            xp.multiply(g, scale, out=g)
         beta1, beta2 = hyper["betas"]
         decay, work = hyper["weight_decay"], scratch[0]
         m, v = state_out["exp_avg"], state_out["exp_avg_sq"]

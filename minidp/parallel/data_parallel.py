@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidp import trace
-from minidp.backend import divide
 from minidp.comm import Communicator
 from minidp.comm.reduction import is_half
 from minidp.nn import Module
@@ -44,7 +43,7 @@ class _Block(NamedTuple):
     parts: list[Flat]  # every rank's gradients
     params: tuple[Flat, Flat]
     state: tuple[dict[str, Flat], dict[str, Flat]]
-    mean: Flat  # scratch: the sum, then the mean
+    mean: Flat  # work array: the sum, then the mean
     scratch: tuple[Flat, ...]
 
 
@@ -103,6 +102,8 @@ class DataParallel(Strategy):
         self._blocks = self._cut_blocks()
         self._mine = sum(hi - lo for lo, hi in self._slices)  # elements
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
+        self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
+        self._scale = 1.0
         self._trouble: _Trouble | None = None
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -134,6 +135,7 @@ class DataParallel(Strategy):
         if total == 0:
             return
         self._trouble = None
+        self._scale = 1 / total if self._exact and total & (total - 1) == 0 else 1
         self._hyper = [self.optimizer.hyper(group, self.updates) for group in range(len(self.optimizer.groups))]
         with trace.span("reduce and update", "compute"):
             if self.clip_norm is None:
@@ -152,19 +154,24 @@ class DataParallel(Strategy):
         self._slabs.flip()
 
     def _reduce(self, block: _Block, total: int) -> Flat:
-        """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32."""
-        mean, parts = block.mean, block.parts
+        """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32.
+
+        Where the division is exact it is left to the update, as its ``scale``: the same bits, a pass less.
+        """
+        out, parts = block.mean, block.parts
         if len(parts) == 1:
-            divide(parts[0].astype(mean.dtype, copy=False), total, out=mean)
+            summed = parts[0] if parts[0].dtype == out.dtype else parts[0].astype(out.dtype)
         else:
-            np.add(parts[0], parts[1], out=mean, dtype=mean.dtype)
+            summed = np.add(parts[0], parts[1], out=out, dtype=out.dtype)
             for part in parts[2:]:
-                np.add(mean, part, out=mean)
-            divide(mean, total, out=mean)
+                np.add(out, part, out=out)
         # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
-        if self.check_finite and self._trouble is None and not math.isfinite(np.dot(mean, mean)):
-            self._trouble = _find_trouble(block)
-        return mean if mean.dtype == block.params[0].dtype else mean.astype(block.params[0].dtype)
+        if self.check_finite and self._trouble is None and not math.isfinite(np.dot(summed, summed)):
+            self._trouble = _find_trouble(block, summed)
+        if self._scale != 1:
+            return summed
+        np.divide(summed, total, out=out)
+        return out if out.dtype == block.params[0].dtype else out.astype(block.params[0].dtype)
 
     def _update(self, block: _Block, gradient: Flat) -> None:
         """w' ← rule(w, ∇L) on this block, from the current buffers into the others."""
@@ -180,6 +187,7 @@ class DataParallel(Strategy):
             t=self.updates,
             hyper=hyper,
             scratch=block.scratch,
+            scale=self._scale,
         )
 
     def _clipped_update(self, total: int, clip_norm: float) -> None:
@@ -189,7 +197,8 @@ class DataParallel(Strategy):
         """
         mine = self._slabs.grads[self.comm.rank]
         for block in self._blocks:
-            mine[block.lo : block.hi] = self._reduce(block, total)
+            np.multiply(self._reduce(block, total), self._scale, out=mine[block.lo : block.hi])
+        self._scale = 1.0
         squares = np.zeros(len(self._pieces))
         for lo, hi in self._slices:
             norms.add_squares(squares, self._pieces, mine, lo, hi)
@@ -260,9 +269,9 @@ class DataParallel(Strategy):
                 yield run
 
 
-def _find_trouble(block: _Block) -> _Trouble | None:
+def _find_trouble(block: _Block, summed: Flat) -> _Trouble | None:
     """Look again, slowly; None if only the dot product had overflowed."""
-    for rank, values in (*enumerate(block.parts), (-1, block.mean)):
+    for rank, values in (*enumerate(block.parts), (-1, summed)):
         bad = ~np.isfinite(values)
         if bad.any():
             first = int(bad.argmax())
