@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from minidp import backend, nn
 from minidp.autograd import Tensor
