@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,31 +21,40 @@ from minidp.launch import blas
 LIMIT = Bar(60, at_least=False)
 COLUMNS = {"ms": ("ms", ".1f")}
 NOTES = (
-    "import: each in a fresh interpreter, files in the page cache; alternating, differences within a round.",
+    "import: each in a fresh interpreter, byte code cached; alternating, differences within a round.",
     "`import minidp` loads its rooms on first use; the row below it is all that a training script loads.",
     "spawn: from the call in the parent until the function runs in the last of 2 workers, in a fresh interpreter.",
 )
 
-_TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+
+def _timed(statements: str) -> list[str]:
+    return ["-c", f"import time; start = time.perf_counter(); {statements}; print(time.perf_counter() - start)"]
+
+
 IMPORTS = {
-    "import numpy": "import numpy",
-    "import minidp": "import numpy, minidp",
-    "all that trains": "import numpy, minidp; from minidp import data, nn, optim, parallel; minidp.spawn",
+    "import numpy": _timed("import numpy"),
+    "import minidp": _timed("import numpy, minidp"),
+    "all that trains": _timed("import numpy, minidp; from minidp import data, nn, optim, parallel; minidp.spawn"),
 }
-_SPAWNS = "import json; from minidp.bench.startup import spawn_times; print(json.dumps(spawn_times()))"
+SPAWNS = ["-m", "minidp.bench.peers.clock"]
 
 
 def run(rounds: Rounds, screen: Screen) -> Report:
     report = Report("startup", "start-up times", rounds, COLUMNS, notes=NOTES)
-    screen.phase("startup", rounds.pairs * (len(IMPORTS) + 1))
     samples: dict[str, list[float]] = {name: [] for name in IMPORTS}
     spawns: list[list[float]] = []
-    for _ in range(rounds.pairs):
-        for name, statements in IMPORTS.items():
-            samples[name].append(fresh_interpreter(_TIMED.format(statements)))
+    with tempfile.TemporaryDirectory(prefix="minidp-bench-") as cache:
+        fresh = Interpreters(cache)
+        screen.phase("filling the cache of byte code")
+        for arguments in (*IMPORTS.values(), SPAWNS):
+            fresh.run(arguments)
+        screen.phase("startup", rounds.pairs * (len(IMPORTS) + 1))
+        for _ in range(rounds.pairs):
+            for name, arguments in IMPORTS.items():
+                samples[name].append(fresh.run(arguments))
+                screen.tick()
+            spawns.append(fresh.run(SPAWNS))
             screen.tick()
-        spawns.append(fresh_interpreter(_SPAWNS))
-        screen.tick()
     numpy_s = samples["import numpy"]
     for name, seconds in samples.items():
         line = Line("import", name, {"ms": median(seconds) * 1e3}, seconds)
@@ -61,27 +71,21 @@ def run(rounds: Rounds, screen: Screen) -> Report:
     return report
 
 
-def spawn_times() -> list[float]:
-    """Seconds until a function runs on both of 2 workers: of this process's first spawn, and of its second."""
-    import minidp
+class Interpreters:
+    """Fresh interpreters that share one cache of byte code, as programs do that are started more than once."""
 
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()  # CLOCK_MONOTONIC: one clock for all processes of a machine
-        times.append(max(minidp.spawn(_clock, 2, progress=False)) - start)
-    return times
+    def __init__(self, cache: str) -> None:
+        home = str(Path(__file__).resolve().parents[2])
+        search = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._environ = os.environ | dict.fromkeys(blas.VARIABLES, "1")
+        self._environ |= {"PYTHONPATH": search, "PYTHONPYCACHEPREFIX": cache}
+        self._environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-
-def _clock(comm: Any) -> float:
-    return time.perf_counter()
-
-
-def fresh_interpreter(code: str) -> Any:
-    """What ``code`` prints in an interpreter of its own, as JSON."""
-    home = str(Path(__file__).resolve().parents[2])
-    search = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = os.environ | dict.fromkeys(blas.VARIABLES, "1") | {"PYTHONPATH": search}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise RuntimeError(f"{code!r} failed in a fresh interpreter:\n{done.stderr}")
-    return json.loads(done.stdout)
+    def run(self, arguments: Sequence[str]) -> Any:
+        """What a new interpreter with these arguments prints, as JSON."""
+        done = subprocess.run(
+            [sys.executable, *arguments], env=self._environ, capture_output=True, text=True, timeout=120
+        )
+        if done.returncode:
+            raise RuntimeError(f"python {' '.join(arguments)} failed:\n{done.stderr}")
+        return json.loads(done.stdout)

@@ -5,6 +5,7 @@
     slab.py     minidp's zero-copy exchange, for allreduce
     eager.py    PyTorch, one process
     ddp.py      PyTorch DistributedDataParallel over gloo
+    clock.py    not a contestant: when a spawned function runs, for startup
     mpich.py    mpi4py over MPICH, under mpiexec; training is PyTorch with one all-reduce of all gradients
 
 PyTorch and mpi4py are imported here only, in these processes.
