@@ -4,7 +4,8 @@ One copy of w and of the state serves all ranks, in two buffers each: a step rea
 and the flip after the last barrier commits it. A rank that is killed at any moment leaves the last committed
 step whole. Each rank has a gradient slab of its own, which the others read.
 
-Memory, Ψ elements, all ranks together: 2Ψ for w, 2Ψ for each slot of the state, NΨ for gradients.
+Memory, Ψ elements, all ranks together: 2Ψ for w, 2Ψ for each slot of the state, NΨ for gradients. A lone rank
+has one buffer of each: nobody survives that rank, and a second would cost its caches 10 % of a step.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ class Slabs:
     def __init__(self, layout: Layout, slots: tuple[str, ...], comm: Communicator) -> None:
         self.layout = layout
         dtype, size = np.dtype(layout.dtype), layout.size
-        buffers = 2 + 2 * len(slots)
+        copies = 1 if comm.world_size == 1 else 2
+        buffers = copies * (1 + len(slots))
         # One allocation, with rank 0's share holding what there is one of: a peer's share is its gradients.
         common = buffers * layout.nbytes if comm.rank == 0 else 0
         views = comm.allocate(common + layout.nbytes)
         shared = views[0][: buffers * layout.nbytes].view(dtype).reshape(buffers, size)
         self.grads: list[Flat] = [view[len(view) - layout.nbytes :].view(dtype) for view in views]
-        self.params: tuple[Flat, Flat] = (shared[0], shared[1])
-        self.state: dict[str, tuple[Flat, Flat]] = {
-            slot: (shared[2 + 2 * i], shared[3 + 2 * i]) for i, slot in enumerate(slots)
-        }
+        pairs = [(shared[i], shared[i + copies - 1]) for i in range(0, buffers, copies)]
+        self.params: tuple[Flat, Flat] = pairs[0]
+        self.state: dict[str, tuple[Flat, Flat]] = dict(zip(slots, pairs[1:], strict=True))
         self.current = 0
         self._views = tuple(layout.views(_read_only(buffer)) for buffer in self.params)
 
