@@ -30,9 +30,7 @@ from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
-BLOCK_BYTES = 512 * 1024  # measured best of 32 KB to 4 MB: larger spills from L2, smaller is more Python than work
-    256 * 1024
-)  # the mean of a block stays in L2 between the sum and the update; measured best of 64 to 4096
+BLOCK_BYTES = 512 * 1024  # best of 32 KB to 4 MB: larger spills from L2, smaller is more Python than work
 
 
 class _Block(NamedTuple):
