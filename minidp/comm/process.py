@@ -160,6 +160,9 @@ class ProcessCommunicator(Communicator):
                 slots = [slot[: len(mine)] for slot in slots]
             slots[rank][:] = mine
             arrive(plan.header)
+            if rank < 2:  # read my own values where they still are, not what has just left for my slot
+                slots = slots.copy()
+                slots[rank] = mine
             fold(slots, op, mine, divide=True)
             arrive = rendezvous.arrive
 
