@@ -39,7 +39,8 @@ def gone_within(token: str, seconds: float) -> float | None:
 
 
 def segments() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """What lies in /dev/shm, but for MPICH's: another program on this machine may be starting or ending."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("mpich_shm")}
 
 
 def children() -> set[int]:

@@ -145,8 +145,7 @@ class ProcessCommunicator(Communicator):
             check_array(x, writes=True)
             with execute.contiguous(x) as flat:
                 self._sum_slots(flat, op, plan)
-        received = x.nbytes * (self.world_size - 1)
-        self.traffic.add(received, received, self.world_size - 1)
+        self._count(x.nbytes, x.nbytes)
         return None
 
     def _sum_slots(self, flat: Array, op: ReduceOp, plan: _Plan) -> None:
@@ -235,10 +234,8 @@ class ProcessCommunicator(Communicator):
                     data[lo:hi] = slots[src][: hi - lo]
 
             self._rounds("broadcast", x, f"src={src}", len(data), 1, put, take)
-        if self.rank == src:
-            self.traffic.add(x.nbytes * (self.world_size - 1), 0, self.world_size - 1)
-        else:
-            self.traffic.add(0, x.nbytes, 0)
+        readers = self.world_size - 1 if self.rank == src else 0
+        self.traffic.add(x.nbytes * readers, 0 if self.rank == src else x.nbytes, readers)
         return None
 
     def barrier(self) -> None:
