@@ -67,6 +67,12 @@ class Receiving(Work):
                 f"rank {src} sent {kind} with tag {self.tag}; rank {self.box.rank} receives {self.kind}"
             )
 
+    def take(self, message: Incoming) -> None:
+        """Receive a complete message that lay aside."""
+        self.check(message.src, message.kind)
+        self.data[:] = message.data
+        self.finish(message.src)
+
     def finish(self, src: int) -> None:
         if not self.direct:
             self.x[...] = self.data.view(self.x.dtype).reshape(self.x.shape)
@@ -115,10 +121,8 @@ class Mailbox:
         receiving = Receiving(self, x, src, tag)
         for message in self._aside:
             if receiving.wants(message.src, message.tag):
-                receiving.check(message.src, message.kind)
+                receiving.take(message)
                 self._aside.remove(message)
-                receiving.data[:] = message.data
-                receiving.finish(message.src)
                 return receiving
         self._posted.append(receiving)
         return receiving
@@ -186,10 +190,8 @@ class Mailbox:
         """A complete message that lay aside: to the first who has asked meanwhile, or on the pile."""
         for receiving in self._posted:
             if receiving.wants(message.src, message.tag):
-                receiving.check(message.src, message.kind)
+                receiving.take(message)
                 self._posted.remove(receiving)
-                receiving.data[:] = message.data
-                receiving.finish(message.src)
                 return
         self._aside.append(message)
 

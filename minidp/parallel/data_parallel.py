@@ -68,7 +68,7 @@ class DataParallel(Strategy):
             holds NaN or infinity. (An update can still overflow where the learning rate is absurd.)
 
     Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
-    of w that they read), two barriers (four with ``clip_norm``), the update done once instead of N times.
+    of w that they read), two barriers (three with ``clip_norm``), the update done once instead of N times.
     Memory: see ``slabs.py``. Sources: Li et al., VLDB 2020; Rajbhandari et al., "ZeRO", SC 2020 (sharded update).
     """
 
