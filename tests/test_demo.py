@@ -57,7 +57,9 @@ def figures(path: Path) -> dict[str, Any]:
     assert {name: type(value) for name, value in result.items()} == FIGURES
     assert result["speedup_strong"] == pytest.approx(result["steps_per_s"] / result["steps_per_s_one_worker"])
     assert result["speedup_weak"] > 0
-    bar = 1e-3 if "adam" in result["optimizer"] else 1e-5  # float32; Adam's division amplifies its rounding
+    # float32: Adam's division amplifies rounding, and with some BLAS kernels one ReLU of 2048 flips for a sample
+    # whose activation is a rounding error away from 0 (1.6e-4 then). test_data_parallel.py is strict, in float64.
+    bar = 1e-3
     assert 0 <= result["relative_difference"] < bar, "N workers equal one"
     assert result["loss"] == pytest.approx(result["loss_one_worker"], rel=1e-3)
     assert result["test_accuracy"] == pytest.approx(result["test_accuracy_one_worker"], abs=2 / 360)
