@@ -229,11 +229,21 @@ class Communicator(ABC):
         self.all_gather(everybody, mine)
         return [pickle.loads(row[:size].tobytes()) for row, size in zip(everybody, sizes)]
 
-    def all_gather_int(self, value: int, what: str = "all_gather_int") -> list[int]:
+    @overload
+    def all_gather_int(
+        self, value: int, what: str = "all_gather_int", *, async_op: Literal[False] = False
+    ) -> list[int]: ...
+    @overload
+    def all_gather_int(self, value: int, what: str = "all_gather_int", *, async_op: Literal[True]) -> Work: ...
+    def all_gather_int(
+        self, value: int, what: str = "all_gather_int", *, async_op: bool = False
+    ) -> list[int] | Work:
         """Every rank's ``value``, an int64, in rank order; ``what`` names the operation in messages.
 
         The cheapest meeting of all ranks that says something: a barrier whose header carries the number.
         """
+        if async_op:
+            return self._defer(lambda: self.all_gather_int(value, what))
         everybody = np.zeros(self.world_size, np.int64)
         self.all_gather(everybody, np.array([value], np.int64))
         return [int(x) for x in everybody]

@@ -241,7 +241,9 @@ class ProcessCommunicator(Communicator):
     def barrier(self) -> None:
         self.all_gather_int(0, "barrier")
 
-    def all_gather_int(self, value: int, what: str = "all_gather_int") -> list[int]:
+    def all_gather_int(self, value: int, what: str = "all_gather_int", *, async_op: bool = False) -> Any:
+        if async_op:
+            return self._defer(lambda: self.all_gather_int(value, what))
         if self._later:
             self.run_all()
         plan = self._plans.get(what) or self._plan(what, what)

@@ -14,8 +14,9 @@ class Work(ABC):
     """An operation that has been begun with ``async_op=True``. It is finished when ``wait`` returns."""
 
     @abstractmethod
-    def wait(self) -> int | None:
-        """Finish the operation; for a receive, the rank that the message came from."""
+    def wait(self) -> Any:
+        """Finish the operation. Returns what it would return without ``async_op``: of a receive the rank that the
+        message came from, of ``all_gather_int`` the numbers."""
 
 
 class Later(Work):
@@ -28,18 +29,20 @@ class Later(Work):
 
     def __init__(self, comm: Communicator, run: Callable[[], Any]) -> None:
         self._comm, self._run, self.done = comm, run, False
+        self._value: Any = None
         self._error: Exception | None = None
 
-    def wait(self) -> None:
+    def wait(self) -> Any:
         while not self.done:
             self._comm.run_oldest()
         if self._error is not None:
             raise self._error
+        return self._value
 
     def run(self) -> None:
         self.done = True
         try:
-            self._run()
+            self._value = self._run()
         except Exception as error:
             self._error = error
             raise
