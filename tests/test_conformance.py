@@ -18,6 +18,7 @@ from minidp.comm.schedules import ALL_REDUCE
 
 WORLDS: dict[str, Callable[..., list[Any]]] = {
     "process": lambda fn, n, *args: minidp.spawn(fn, n, *args, world="process", timeout_s=20),
+    "virtual": lambda fn, n, *args: minidp.spawn(fn, n, *args, world="virtual"),
 }
 DTYPES = ("float32", "float64", "float16", "int64", "uint8", "bool", "complex128")
 OPS = {SUM: sum, MAX: max, MIN: min}

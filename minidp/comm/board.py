@@ -172,8 +172,7 @@ class Board:
             else:
                 place = "compute"
             places.setdefault(place, []).append(rank)
-        order = sorted(places, key=lambda place: (place != "returned", places[place]))
-        return "; ".join(name_ranks(places[place], place) for place in order)
+        return name_places(places)
 
     def _write(self, start: int, text: str, limit: int) -> int:
         data = text.encode()[:limit]
@@ -182,6 +181,12 @@ class Board:
 
     def _read(self, start: int, length: int) -> str:
         return bytes(self._view[start : start + length]).decode(errors="replace")
+
+
+def name_places(places: dict[str, list[int]]) -> str:
+    """``rank 2 returned; ranks 0, 1, 3 wait in …``, from {place: ranks}; those who have returned come first."""
+    order = sorted(places, key=lambda place: (place != "returned", places[place]))
+    return "; ".join(name_ranks(places[place], place) for place in order)
 
 
 def name_ranks(ranks: list[int], verb: str = "") -> str:

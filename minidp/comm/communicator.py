@@ -88,6 +88,13 @@ class Communicator(ABC):
         """Start a collective: check that all ranks mean the same one. Its tag: a negative number of its own."""
         raise NotImplementedError
 
+    def run_schedule(self, name: str, flat: Array, op: ReduceOp | None, tag: int, root: int = 0) -> None:
+        """This rank's part of the schedule of that name (``schedules.get``) on the flat array, in place.
+
+        All collectives below come here, after ``begin`` has given them their ``tag``. ``op`` None: it only copies.
+        """
+        execute.by_messages(self, schedules.get(name, self.world_size, root), flat, op, tag)
+
     # -- point to point --------------------------------------------------------------------------------
 
     @overload
@@ -130,10 +137,10 @@ class Communicator(ABC):
         """
         if async_op:
             return self._defer(lambda: self.all_reduce(x, op, algorithm))
-        schedule = schedules.all_reduce(algorithm or "direct", self.world_size)
-        tag = self._begin("all_reduce", x, op.value, schedule.name)
+        name = schedules.checked(algorithm or "direct")
+        tag = self._begin("all_reduce", x, op.value, name)
         with execute.contiguous(x) as flat:
-            execute.run(self, schedule, flat, op, tag)
+            self.run_schedule(name, flat, op, tag)
         return None
 
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
@@ -161,7 +168,7 @@ class Communicator(ABC):
         self._check_peer(src, "src")
         tag = self._begin("broadcast", x, f"src={src}")
         with execute.contiguous(x) as flat:
-            execute.run(self, schedules.broadcast(self.world_size, src), flat, None, tag)
+            self.run_schedule("broadcast", flat, None, tag, src)
         return None
 
     def reduce(self, x: Array, dst: int = 0, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
@@ -206,7 +213,7 @@ class Communicator(ABC):
         """Return when all ranks have called it."""
         tag = self._begin("barrier", np.zeros(0, np.int8))
         token = np.zeros(1, np.int64)
-        execute.run(self, schedules.all_reduce("direct", self.world_size), token, SUM, tag)
+        self.run_schedule("direct", token, SUM, tag)
 
     # -- collectives on objects ------------------------------------------------------------------------
 

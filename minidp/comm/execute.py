@@ -34,7 +34,7 @@ def contiguous(x: Array) -> Iterator[Array]:
         x[...] = flat.reshape(x.shape)
 
 
-def run(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:
+def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:
     """Execute this rank's part of ``schedule`` on the flat array, in place; ``op`` None: it only copies."""
     bounds = chunk_bounds(len(flat), schedule.chunks)
     for sends, receives in schedule.messages_of(comm.rank):
@@ -52,7 +52,7 @@ def run(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None
 def reduce(comm: Communicator, x: Array, dst: int, op: ReduceOp, tag: int) -> None:
     """All send to ``dst``, which adds in order of rank."""
     with contiguous(x) as flat:
-        run(comm, schedules.direct_reduce(comm.world_size, dst), flat, op, tag)
+        comm.run_schedule("direct_reduce", flat, op, tag, dst)
         if comm.rank == dst:
             finish(flat, op, comm.world_size)
 
@@ -60,7 +60,7 @@ def reduce(comm: Communicator, x: Array, dst: int, op: ReduceOp, tag: int) -> No
 def reduce_scatter(comm: Communicator, out: Array, x: Array, op: ReduceOp, tag: int) -> None:
     """Rank r gets everybody's r-th part and adds in order of rank."""
     flat = x.reshape(-1).copy()
-    run(comm, schedules.direct_reduce_scatter(comm.world_size), flat, op, tag)
+    comm.run_schedule("direct_reduce_scatter", flat, op, tag)
     with contiguous(out) as part:
         part[:] = flat.reshape(comm.world_size, -1)[comm.rank]
         finish(part, op, comm.world_size)
@@ -69,13 +69,13 @@ def reduce_scatter(comm: Communicator, out: Array, x: Array, op: ReduceOp, tag: 
 def all_gather(comm: Communicator, out: Array, x: Array, tag: int) -> None:
     with contiguous(out) as flat:
         flat.reshape(comm.world_size, -1)[comm.rank] = x.reshape(-1)
-        run(comm, schedules.all_gather(comm.world_size), flat, None, tag)
+        comm.run_schedule("all_gather", flat, None, tag)
 
 
 def gather(comm: Communicator, x: Array, dst: int, tag: int) -> Array | None:
     everybody = np.empty((comm.world_size, *x.shape), x.dtype)
     everybody[comm.rank] = x
-    run(comm, schedules.gather(comm.world_size, dst), everybody.reshape(-1), None, tag)
+    comm.run_schedule("gather", everybody.reshape(-1), None, tag, dst)
     return everybody if comm.rank == dst else None
 
 
@@ -83,7 +83,7 @@ def scatter(comm: Communicator, x: Array | None, out: Array, src: int, tag: int)
     everybody = np.empty((comm.world_size, *out.shape), out.dtype)
     if x is not None and comm.rank == src:
         everybody[...] = x
-    run(comm, schedules.scatter(comm.world_size, src), everybody.reshape(-1), None, tag)
+    comm.run_schedule("scatter", everybody.reshape(-1), None, tag, src)
     out[...] = everybody[comm.rank]
     return out
 
@@ -93,7 +93,7 @@ def all_to_all(comm: Communicator, out: Array, x: Array, tag: int) -> None:
     p = comm.world_size
     matrix = np.empty((p, *x.shape), x.dtype)
     matrix[comm.rank] = x
-    run(comm, schedules.all_to_all(p), matrix.reshape(-1), None, tag)
+    comm.run_schedule("all_to_all", matrix.reshape(-1), None, tag)
     out[...] = matrix[:, comm.rank]
 
 

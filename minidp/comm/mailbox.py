@@ -34,7 +34,7 @@ class Sending(Work):
     def __init__(self, box: Mailbox, x: Array, dst: int, tag: int) -> None:
         self.box, self.dst, self.tag = box, dst, tag
         flat = np.ascontiguousarray(x).reshape(-1)
-        self.message = Outgoing(tag, _kind(x), flat.view(np.uint8))
+        self.message = Outgoing(tag, kind_of(x), flat.view(np.uint8))
 
     @property
     def done(self) -> bool:
@@ -51,7 +51,7 @@ class Receiving(Work):
     """A message that somebody has asked for."""
 
     def __init__(self, box: Mailbox, x: Array, src: int, tag: int) -> None:
-        self.box, self.x, self.src, self.tag, self.kind = box, x, src, tag, _kind(x)
+        self.box, self.x, self.src, self.tag, self.kind = box, x, src, tag, kind_of(x)
         self.direct = x.flags.c_contiguous
         flat = x.reshape(-1) if self.direct else np.empty(x.size, x.dtype)
         self.data = flat.view(np.uint8)
@@ -236,7 +236,7 @@ class Mailbox:
         return self._in.get(src)
 
 
-def _kind(x: Array) -> str:
+def kind_of(x: Array) -> str:
     """What sender and receiver must agree on; by its digest if it is too long for the header of a slot."""
     kind = f"{x.dtype}[{x.size}]"
     if len(kind.encode()) > KIND_BYTES:

@@ -265,8 +265,35 @@ ALL_REDUCE: dict[str, Callable[[int], Schedule]] = {
 }
 
 
-def all_reduce(algorithm: str, world_size: int) -> Schedule:
-    """The all-reduce schedule of that name. Raises ValueError, with the valid names, for an unknown one."""
+_ONE_WAY: dict[str, Callable[..., Schedule]] = {
+    "broadcast": broadcast,
+    "reduce": reduce,
+    "gather": gather,
+    "scatter": scatter,
+    "direct_reduce": direct_reduce,
+}
+_OTHERS: dict[str, Callable[[int], Schedule]] = {
+    "reduce_scatter": reduce_scatter,
+    "direct_reduce_scatter": direct_reduce_scatter,
+    "all_gather": all_gather,
+    "all_to_all": all_to_all,
+}
+
+
+def get(name: str, world_size: int, root: int = 0) -> Schedule:
+    """The schedule of that name; ``root`` is the source or destination of those that have one."""
+    if name in _ONE_WAY:
+        return _ONE_WAY[name](world_size, root)
+    return {**ALL_REDUCE, **_OTHERS}[name](world_size)
+
+
+def checked(algorithm: str) -> str:
+    """``algorithm``, if it is an all-reduce. Raises ValueError, with the valid names, for an unknown one."""
     if algorithm not in ALL_REDUCE:
         raise ValueError(f"unknown all-reduce algorithm {algorithm!r}; valid: {', '.join(ALL_REDUCE)}")
-    return ALL_REDUCE[algorithm](world_size)
+    return algorithm
+
+
+def all_reduce(algorithm: str, world_size: int) -> Schedule:
+    """The all-reduce schedule of that name. Raises ValueError, with the valid names, for an unknown one."""
+    return ALL_REDUCE[checked(algorithm)](world_size)

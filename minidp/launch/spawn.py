@@ -23,9 +23,10 @@ from minidp.comm.world import reserve_world
 from minidp.launch import blas, interrupts, supervise, worker
 from minidp.launch.logs import RankHandler
 from minidp.launch.progress import Display, wanted
+from minidp.sim import Cluster
 
 T = TypeVar("T")
-WORLDS = ("process",)
+WORLDS = ("process", "virtual")
 DEVICES = ("cpu",)
 _log = logging.getLogger("minidp.launch")
 _starting = threading.Lock()  # two threads may spawn at once, but starting hides __main__ and sets variables
@@ -37,22 +38,27 @@ def spawn(
     *args: Any,
     world: str = "process",
     device: str = "cpu",
+    cluster: Cluster | None = None,
     blas_threads: int | None = None,
     timeout_s: float = 60.0,
     progress: bool | None = None,
 ) -> list[T]:
     """Run ``fn(comm, *args)`` on ``world_size`` ranks and return what each returned, in rank order.
 
-    Each rank is a process of its own. Functions travel by value where they must: those of a notebook cell, of a
+    Each rank is a process of its own, or, in the virtual world, a task in this thread. Functions travel by value where they must: those of a notebook cell, of a
     script without a ``__main__`` guard, lambdas. Prints and log records of the ranks appear where the parent's do.
 
     Args:
         fn: called as ``fn(comm, *args)`` with the rank's ``Communicator``.
         world_size: number of ranks, at least 1.
-        world: ``"process"``, one worker process a rank.
+        world: ``"process"``, one worker process a rank; ``"virtual"``, all ranks here, one at a time, on a virtual
+            clock: two runs are equal to the bit. Module globals are then shared by all ranks.
         device: ``"cpu"``.
-        blas_threads: BLAS threads a rank; default cores ÷ ranks. Logged at INFO, too few cores at WARNING.
-        timeout_s: how long a rank waits for another in a collective before CollectiveTimeout.
+        cluster: what a virtual world's ranks live on; default ``sim.Cluster(nodes=world_size)``.
+        blas_threads: BLAS threads a rank; default cores ÷ ranks. Logged at INFO, too few cores at WARNING. The
+            virtual world has always one.
+        timeout_s: how long a rank waits for another in a collective before CollectiveTimeout. In the virtual
+            world, where that can't happen, how long a rank may block outside of ``comm``.
         progress: show each rank's steps, if standard error is a terminal, or in a notebook; False: never.
 
     Raises:
@@ -63,10 +69,15 @@ def spawn(
         KeyboardInterrupt: after the workers are gone. After any ending no process, descriptor or segment is left.
     """
     _check(fn, world_size, world, device, timeout_s)
+    _check_virtual(world, cluster, blas_threads)
     world_size = int(world_size)
+    function = _pack(fn, args)
+    if world == "virtual":
+        from minidp.launch import virtual  # late: the process world needs nothing of it
+
+        return virtual.run(function, world_size, cluster, float(timeout_s))
     threads = blas.threads_per_rank(world_size, blas_threads)
     surroundings = worker.Surroundings.here(threads)
-    function = _pack(fn, args)
     title = (
         f"{world_size} worker process{'es' * (world_size > 1)}, {threads} BLAS thread{'s' * (threads > 1)} each"
     )
@@ -96,7 +107,7 @@ def spawn(
 
 
 def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: Any) -> None:
-    if worker.inside_worker:
+    if worker.inside_worker or _inside_virtual_rank():
         raise RuntimeError(
             "spawn was called inside a worker of another spawn: call it in the parent; comm.split makes groups"
         )
@@ -112,6 +123,24 @@ def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: Any) ->
         raise ValueError(f"unknown device {device!r}; valid: {', '.join(map(repr, DEVICES))}")
     if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s > 0:
         raise ValueError(f"timeout_s={timeout_s!r}: give a positive number of seconds")
+
+
+def _inside_virtual_rank() -> bool:
+    loop = sys.modules.get("minidp.sim.loop")  # not there: there is no virtual world
+    return loop is not None and loop.in_task()
+
+
+def _check_virtual(world: str, cluster: Any, blas_threads: Any) -> None:
+    if world == "virtual":
+        if cluster is not None and not isinstance(cluster, Cluster):
+            raise TypeError(f"cluster must be a minidp.sim.Cluster, not {type(cluster).__name__}")
+        if blas_threads not in (None, 1):
+            raise ValueError(
+                f"blas_threads={blas_threads!r}: the virtual world has one BLAS thread, so that its results are the "
+                "same on every machine; leave it out"
+            )
+    elif cluster is not None:
+        raise ValueError(f"cluster= describes a virtual world; this one is {world!r}: give world='virtual'")
 
 
 def _pack(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:

@@ -142,7 +142,7 @@ def _failure(worker: Worker, world_size: int) -> Exception | None:
         cause = None
         with contextlib.suppress(Exception):  # a class that only the worker knows: the traceback tells all
             cause = pickle.loads(data)
-        failed = _class_for(cause)(f"{who} raised {kind}: {text}", worker.rank)
+        failed = class_for(cause)(f"{who} raised {kind}: {text}", worker.rank)
         failed.add_note(f"\nTraceback of rank {worker.rank}:\n{trace}")
         failed.__cause__ = cause
         return failed
@@ -151,7 +151,7 @@ def _failure(worker: Worker, world_size: int) -> Exception | None:
     return None
 
 
-def _class_for(cause: BaseException | None) -> type[RankFailed]:
+def class_for(cause: BaseException | None) -> type[RankFailed]:
     """RankFailed; for disagreement and absence one that can be caught as that error too."""
     if isinstance(cause, CollectiveMismatch):
         return RankMismatch

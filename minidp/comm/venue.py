@@ -1,0 +1,144 @@
+"""The place where the ranks of a virtual world are: its clock, its network, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from greenlet import getcurrent
+
+from minidp.comm.board import name_places
+from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed
+from minidp.sim.cluster import Cluster
+from minidp.sim.computer import Computer
+from minidp.sim.loop import Loop, Task
+from minidp.sim.network import Network
+
+_PATIENCE = 100  # how often a rank may come back to a world that has failed before it is ended
+
+
+class Venue:
+    """One run of a virtual world. All in one thread; nothing is left of it when it ends.
+
+    Args:
+        cluster: what the ranks live on. ValueError if they do not fit.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, cluster: Cluster, world_size: int) -> None:
+        self.loop, self.cluster, self.world_size = Loop(), cluster, world_size
+        self.network = Network(cluster, world_size)
+        self.ranks: list[Computer] = []
+        self.streams: list[Task] = []
+        self.returned: dict[int, Any] = {}
+        self.raised: list[tuple[int, BaseException]] = []
+        """In the order in which it happened."""
+        self._news: CommError | None = None
+        self._refused: dict[int, int] = {}
+
+    def run(self, functions: Sequence[Callable[[], Any]]) -> None:
+        """Run a function on every rank. Afterwards each rank is in ``returned`` or in ``raised``."""
+        self.ranks = [
+            Computer(self.loop, self.cluster, rank, lambda rank=rank, f=f: self._life(rank, f))  # type: ignore[misc]
+            for rank, f in enumerate(functions)
+        ]
+        for task in self.ranks:
+            self.loop.at(0.0, task.switch)
+        try:
+            while not all(task.dead for task in self.ranks):
+                self.loop.run()
+                self._nobody_can_go_on()
+        except _Hopeless:
+            pass
+        finally:
+            self._news = self._news or CommError("the run has ended")
+            for task in (*self.ranks, *self.streams):
+                task.stop()
+
+    def _life(self, rank: int, function: Callable[[], Any]) -> None:
+        try:
+            value = function()
+        except (Exception, SystemExit) as error:
+            self.raised.append((rank, error))
+            text = f"rank {rank} of {self.world_size} raised {type(error).__name__}: {error}"
+            self._tell(RankFailed(text, rank))
+        else:
+            self.ranks[rank].catch_up()
+            self.returned[rank] = value
+
+    # -- for communicators -------------------------------------------------------------------------------
+
+    def here(self, rank: int) -> Task:
+        """The task that runs, which must belong to ``rank``; its clock is brought up to date.
+
+        Raises what has become of the world, if it has failed.
+        """
+        task = getcurrent()
+        if not isinstance(task, Task) or task.rank != rank or task.loop is not self.loop:
+            raise CommError(
+                f"the communicator of rank {rank} was used outside its rank's function (in a thread, or after the "
+                "run): in the virtual world all ranks share one thread, and each speaks for itself alone"
+            )
+        if self._news is not None:
+            self._refuse(rank)
+        if type(task) is Computer:
+            task.catch_up()
+        return task
+
+    def _refuse(self, rank: int) -> None:
+        assert self._news is not None
+        self._refused[rank] = self._refused.get(rank, 0) + 1
+        if self._refused[rank] > _PATIENCE:
+            self.loop.hub.throw(_Hopeless(f"rank {rank} goes on for ever in a world that has failed"))
+        raise self._copy_of_news()
+
+    def _copy_of_news(self) -> CommError:
+        """One for each rank: a traceback and notes are its own."""
+        news = self._news
+        assert news is not None
+        return RankFailed(str(news), news.rank) if isinstance(news, RankFailed) else type(news)(str(news))
+
+    # -- when something goes wrong -----------------------------------------------------------------------
+
+    def _tell(self, news: CommError) -> None:
+        """Let everybody who waits, or comes to wait, know."""
+        if self._news is None:
+            self._news = news
+        for task in (*self.ranks, *self.streams):
+            if task.waits_for is not None and not task.dead:
+                task.fail(self._copy_of_news())
+
+    def _nobody_can_go_on(self) -> None:
+        """There is no event any more: whoever is left waits for what will never come."""
+        waiting = [task for task in self.ranks if not task.dead]
+        if not waiting:
+            return
+        where = self.where_all_are()
+        if self.returned:
+            verdict = (
+                f"{where}. A rank that returns must leave nobody waiting: all ranks must call the same operations "
+                "in the same order"
+            )
+        else:
+            verdict = (
+                f"ranks wait for each other and none can go on: {where}. All ranks must call the same operations "
+                "in the same order"
+            )
+        self._tell(CollectiveMismatch(verdict))
+
+    def where_all_are(self) -> str:
+        """``rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412 (float32 (4,), sum)``."""
+        places: dict[str, list[int]] = {}
+        for task in self.ranks:
+            if task.rank in self.returned:
+                place = "returned"
+            elif task.waits_for is not None:
+                place = f"wait in {task.waits_for()}"
+            else:
+                place = "compute"
+            places.setdefault(place, []).append(task.rank)
+        return name_places(places)
+
+
+class _Hopeless(CommError):
+    """A rank that does not end although it was told that the world has failed."""

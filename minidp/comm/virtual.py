@@ -1,0 +1,314 @@
+"""The virtual world's communicator: ranks are tasks of one thread, messages take virtual time.
+
+Point to point: `post`. Collectives: `meeting`. Where the ranks are, and what becomes of them: `venue`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from greenlet import getcurrent
+
+from minidp import trace
+from minidp.comm import costs, execute
+from minidp.comm.communicator import Communicator
+from minidp.comm.errors import CommError
+from minidp.comm.meeting import Group, Meeting, Movement, Payload
+from minidp.comm.post import PostOffice
+from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
+from minidp.comm.traffic import Traffic
+from minidp.comm.venue import Venue
+from minidp.comm.work import Work
+from minidp.sim.computer import Computer
+from minidp.sim.loop import Task
+
+Array = npt.NDArray[Any]
+
+
+class VirtualCommunicator(Communicator):
+    """A group of virtual ranks, seen from one of them.
+
+    Every collective begins when the last rank has come and ends for all at once. It takes what `costs.cost` says
+    of its schedule, on an idle network. ``barrier`` and ``all_gather_int`` carry no bytes: they take one latency.
+    ``all_reduce`` without ``algorithm`` sums in order of rank, and takes the time (and counts the bytes) of the
+    schedule that is fastest by the cost model. ``async_op`` works go on while the caller computes: the k-th of a
+    communicator ends at ``max(end of the one before, the last rank's call) + its own time``.
+
+    Arrays may hold Python objects, such as Fractions; a reference counts 8 bytes then.
+    """
+
+    def __init__(self, group: Group, post: PostOffice, member: int, traffic: Traffic) -> None:
+        super().__init__()
+        self._group, self._post, self._venue = group, post, group.venue
+        self._world_rank = group.ranks[member]
+        self.rank, self.world_size = member, group.size
+        node = self._venue.cluster.ranks_per_node
+        self.local_rank = self._world_rank % node
+        self.traffic = traffic
+        self._sequence = 0
+        self._header = ""
+        self._stream: _Stream | None = None
+        self._children: list[VirtualCommunicator] = []
+        self._closed = False
+
+    # -- primitives ------------------------------------------------------------------------------------
+
+    def post_send(self, x: Array, dst: int, tag: int) -> Work:
+        self._check(x)
+        self.traffic.add(x.nbytes)
+        return self._post.send(self.rank, x, dst, tag)
+
+    def post_recv(self, x: Array, src: int, tag: int) -> Work:
+        self._check(x, writes=True)
+        receipt = self._post.recv(self.rank, x, src, tag)
+        self.traffic.add(0, x.nbytes, 0)
+        return receipt
+
+    def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
+        self.run_all()
+        meeting = self._meet(name or "split", note=(color, key))
+        found: dict[int | None, tuple[Group, PostOffice, dict[int, int]]] = meeting.make(lambda: self._groups(meeting, name))
+        if color is None:
+            return None
+        group, post, member = found[color]
+        child = VirtualCommunicator(group, post, member[self.rank], Traffic(parent=self.traffic))
+        self._children.append(child)
+        return child
+
+    def _groups(self, meeting: Meeting, name: str | None) -> dict[Any, tuple[Group, PostOffice, dict[int, int]]]:
+        members: dict[Any, list[tuple[int, int]]] = {}
+        for rank, (color, key) in enumerate(meeting.everybody()):
+            members.setdefault(color, []).append((key, rank))
+        groups = {}
+        for color, pairs in members.items():
+            order = [rank for _, rank in sorted(pairs)]
+            ranks = [self._group.ranks[rank] for rank in order]
+            group = Group(self._venue, ranks, name or f"{self._group.name}/split {color}")
+            groups[color] = group, PostOffice(self._venue, ranks), {rank: i for i, rank in enumerate(order)}
+        return groups
+
+    def allocate(self, nbytes: int) -> list[npt.NDArray[np.uint8]]:
+        if nbytes < 0:
+            raise ValueError(f"allocate: nbytes={nbytes} must be 0 or more")
+        self.run_all()
+        meeting = self._meet("allocate", note=nbytes)
+        views: list[npt.NDArray[np.uint8]] = meeting.make(lambda: [_aligned(n) for n in meeting.everybody()])
+        return list(views)
+
+    def now(self) -> float:
+        """Virtual seconds since the start of the run."""
+        return self._venue.here(self._world_rank).clock
+
+    def close(self) -> None:
+        self._closed = True
+        for child in self._children:
+            child.close()
+
+    # -- collectives -----------------------------------------------------------------------------------
+
+    def begin(self, operation: str, detail: str = "") -> int:
+        self._check_open()
+        self._header = f"{operation} {detail}".rstrip()
+        return -1
+
+    def _begin(self, operation: str, x: Array, *details: str) -> int:
+        self._check(x)
+        return super()._begin(operation, x, *details)
+
+    def run_schedule(self, name: str, flat: Array, op: ReduceOp | None, tag: int, root: int = 0) -> None:
+        self._collective(name, name, flat, op, root)
+
+    def all_reduce(
+        self, x: Array, op: ReduceOp = SUM, algorithm: str | None = None, *, async_op: bool = False
+    ) -> Work | None:
+        check_array(x, writes=True)
+        check_op(op, x.dtype)
+        if async_op or algorithm is not None:
+            return super().all_reduce(x, op, algorithm, async_op=async_op)
+        self._begin("all_reduce", x, op.value)
+        cluster = self._venue.cluster
+        alpha, beta, gamma = cluster.latency_s, cluster.seconds_per_byte, cluster.reduce_seconds_per_byte
+        with execute.contiguous(x) as flat:
+            fastest = costs.fastest(self.world_size, flat.nbytes, alpha, beta, gamma)
+            self._collective("direct", fastest, flat, op)
+        return None
+
+    def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
+        check_op(op, x.dtype)
+        check_array(out, writes=True)
+        return super().reduce_scatter(out, x, op, async_op=async_op)
+
+    def reduce(self, x: Array, dst: int = 0, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
+        check_op(op, x.dtype)
+        return super().reduce(x, dst, op, async_op=async_op)
+
+    def barrier(self) -> None:
+        self.all_gather_int(0, "barrier")
+
+    def all_gather_int(self, value: int, what: str = "all_gather_int", *, async_op: bool = False) -> Any:
+        if async_op:
+            return self._defer(lambda: self.all_gather_int(value, what))
+        self.run_all()
+        return list(self._meet(what, note=int(value)).everybody())
+
+    def all_gather_object(self, obj: Any, what: str = "all_gather_object") -> list[Any]:
+        data = pickle.dumps(obj)
+        size = max(self.all_gather_int(len(data), what))
+        movement = Movement("all_gather", 0, size * self.world_size, 1)
+        meeting = self._meet(f"{what} of {size} bytes", note=data, movement=movement)
+        # One pickle of the whole list: each rank needs objects of its own, but not p² small ones.
+        everybody: bytes = meeting.make(lambda: pickle.dumps([pickle.loads(each) for each in meeting.everybody()]))
+        return list(pickle.loads(everybody))
+
+    def _collective(self, schedule: str, timed: str, flat: Array, op: ReduceOp | None, root: int = 0) -> None:
+        reads = (schedule == "broadcast" and self.rank == root) or (schedule == "direct_reduce" and self.rank != root)
+        if not reads:
+            check_array(flat, writes=True)
+        self._meet(
+            self._header, payload=Payload(schedule, flat, op), movement=Movement(timed, root, len(flat), flat.itemsize)
+        )
+
+    def _meet(
+        self, header: str, note: Any = 0, payload: Payload | None = None, movement: Movement | None = None
+    ) -> Meeting:
+        """Come to the next meeting of the group, and go on when it has ended."""
+        self._check_open()
+        group, task = self._group, self._venue.here(self._world_rank)
+        self._sequence = sequence = self._sequence + 1
+        meeting = group.meetings.get(sequence)
+        if meeting is None:
+            meeting = group.meetings[sequence] = Meeting(group, sequence)
+        meeting.movement = movement
+        came = task.clock
+        meeting.arrive(self.rank, task, header, note, payload)
+        task.block(lambda: group.describe(sequence, header))
+        task.waited()
+        if movement is not None:
+            traffic = group.traffic(movement)
+            sent, received = traffic.sent[self.rank], traffic.received[self.rank]
+            self.traffic.add(sent, received, traffic.messages[self.rank])
+        recorder = trace.current()
+        if recorder is not None:
+            name = header.partition(" ")[0]
+            args = {"stream": task.name} if task.name else {}
+            if meeting.start > came:
+                recorder.add(f"wait for {name}", "wait", came, meeting.start, **args)
+            if meeting.end > meeting.start:
+                recorder.add(name, "communication", meeting.start, meeting.end, **args)
+        return meeting
+
+    # -- works that go on by themselves ------------------------------------------------------------------
+
+    def _defer(self, run: Callable[[], Any]) -> Work:
+        task = self._venue.here(self._world_rank)
+        if self._stream is None:
+            self._stream = _Stream(self._venue, self._world_rank, self._group.name)
+        return self._stream.add(run, task)
+
+    def run_all(self) -> None:
+        """What has been begun earlier comes first: the order of collectives is that of the program."""
+        stream = self._stream
+        if stream is not None and stream.last is not None and getcurrent() is not stream.task:
+            stream.last.settle()
+
+    def _check(self, x: Array, writes: bool = False) -> None:
+        self._check_open()
+        check_array(x, writes)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CommError(
+                "this communicator is closed: it lives as long as the function that spawn called with it"
+            )
+
+
+class _Stream:
+    """A task beside the rank's that runs its deferred collectives, one after the other."""
+
+    def __init__(self, venue: Venue, rank: int, name: str) -> None:
+        self.venue, self.rank = venue, rank
+        self.task = Task(venue.loop, rank, self._run, name)
+        venue.streams.append(self.task)
+        self.last: _Running | None = None
+        self._queue: deque[_Running] = deque()
+        self._idle = True
+
+    def add(self, run: Callable[[], Any], caller: Task) -> _Running:
+        self.last = work = _Running(self, run, caller.clock)
+        self._queue.append(work)
+        if self._idle:
+            self._idle = False
+            self.venue.loop.at(caller.clock, self.task.switch)
+        return work
+
+    def _run(self) -> None:
+        while True:
+            while self._queue:
+                work = self._queue.popleft()
+                self.task.clock = max(self.task.clock, work.posted)
+                work.run()
+            self._idle = True
+            self.venue.loop.hub.switch()
+
+
+class _Running(Work):
+    """A collective on a stream."""
+
+    def __init__(self, stream: _Stream, run: Callable[[], Any], posted: float) -> None:
+        self._stream, self._run, self.posted = stream, run, posted
+        self._recorder = trace.current()
+        self._done = False
+        self._value: Any = None
+        self._error: Exception | None = None
+        self._ended = 0.0
+        self._waiters: list[Task] = []
+
+    def run(self) -> None:
+        """On the stream's task."""
+        try:
+            if self._recorder is None:
+                self._value = self._run()
+            else:
+                with trace.recording(self._recorder):
+                    self._value = self._run()
+        except Exception as error:
+            self._error = error
+        self._done, self._ended = True, self._stream.task.clock
+        for task in self._waiters:
+            task.wake(self._ended)
+        self._waiters.clear()
+
+    def wait(self) -> Any:
+        self.settle()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def settle(self) -> None:
+        """Wait until it has ended, well or badly."""
+        task = self._stream.venue.here(self._stream.rank)
+        came = task.clock
+        if not self._done:
+            self._waiters.append(task)
+            task.block(self._place)
+        task.clock = max(task.clock, self._ended)
+        task.waited()
+        recorder = trace.current()
+        if recorder is not None and task.clock > came:
+            recorder.add(f"wait for {self._stream.task.name}", "wait", came, task.clock)
+
+    def _place(self) -> str:
+        waits_for = self._stream.task.waits_for
+        return waits_for() if waits_for is not None else f"an operation of {self._stream.task.name}"
+
+
+def _aligned(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Zeros, at a multiple of 64 bytes."""
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]

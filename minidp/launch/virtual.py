@@ -1,0 +1,56 @@
+"""The virtual world's part of ``spawn``: all ranks in this process and thread, on a virtual clock."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import threadpoolctl
+
+from minidp.comm.meeting import Group
+from minidp.comm.post import PostOffice
+from minidp.comm.traffic import Traffic
+from minidp.comm.venue import Venue
+from minidp.comm.virtual import VirtualCommunicator
+from minidp.launch.supervise import class_for
+from minidp.launch.watchdog import watching
+from minidp.sim import Cluster
+
+
+def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: float) -> list[Any]:
+    """Run the pickled (fn, args) on every rank, each with a copy of its own; what each returned, in rank order.
+
+    Raises RankFailed for the first failure, ValueError for a cluster that the ranks do not fit into.
+    """
+    venue = Venue(cluster or Cluster(nodes=world_size), world_size)
+    ranks = list(range(world_size))
+    group = Group(venue, ranks, "world")
+    post = PostOffice(venue, ranks)
+    lives = [_life(function, VirtualCommunicator(group, post, rank, Traffic())) for rank in ranks]
+    # One thread whatever was set: how BLAS cuts a sum over threads changes its bits.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"), watching(venue, timeout_s):
+        venue.run(lives)
+    if venue.raised:
+        raise _failure(*venue.raised[0], world_size)
+    return [venue.returned[rank] for rank in ranks]
+
+
+def _life(function: bytes, comm: VirtualCommunicator) -> Callable[[], Any]:
+    def life() -> Any:
+        fn, args = pickle.loads(function)
+        try:
+            return fn(comm, *args)
+        finally:
+            comm.close()
+
+    return life
+
+
+def _failure(rank: int, error: BaseException, world_size: int) -> Exception:
+    text = f"rank {rank} of {world_size} raised {type(error).__name__}: {error}"
+    failed = class_for(error)(text, rank)
+    failed.add_note(f"\nTraceback of rank {rank}:\n{''.join(traceback.format_exception(error))}")
+    failed.__cause__ = error
+    return failed

@@ -1,0 +1,6 @@
+"""The virtual machine room: clusters that need not exist, their network, and a clock that computers can't disturb."""
+
+from minidp.sim.cluster import Cluster, Jitter
+from minidp.sim.topology import FatTree, Ring, Switch, Topology
+
+__all__ = ["Cluster", "FatTree", "Jitter", "Ring", "Switch", "Topology"]

@@ -1,0 +1,162 @@
+"""The machine room as numbers: nodes, their speed, the network between them, who is slow, who is unsteady."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minidp import backend
+from minidp.sim.topology import Topology, make_topology
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines that need not exist. Immutable; ``dataclasses.replace`` makes a variation of one.
+
+    Args:
+        nodes: machines; rank r lives on node ``r // ranks_per_node``.
+        flops: floating-point operations a second, of each rank.
+        op_overhead_s: seconds that every counted operation costs besides, whatever its size.
+        memory_bytes_per_s: speed at which operations read and write their arrays; None: memory costs nothing.
+        reduce_bytes_per_s: speed at which received bytes are added up (1/γ); None: adding costs nothing.
+        latency_s: of a message between two nodes (α).
+        bandwidth_bytes_per_s: of a node's port, each way (1/β). One full-duplex port a node: what several
+            messages want of a port they get one after another.
+        ranks_per_node: ranks that share a node's port. Each computes at ``flops``.
+        stragglers: node → factor: it computes that many times slower (below 1: faster).
+        jitter: spread of the computing time: each stretch of computing between two waits takes exp(jitter·z − jitter²/2)
+            times as long, z normal, so its mean stays. 0: none.
+        seed: of the jitter. Every rank has a stream of its own.
+        topology: ``"switch"`` (flat, never a bottleneck), ``"ring"`` (neighbours only; messages hop), ``"fat_tree"``
+            or ``FatTree(leaf, oversubscription)``; see ``minidp.sim.topology``.
+        local_latency_s, local_bandwidth_bytes_per_s: between ranks of one node, which do not use the port.
+            Bandwidth None: that of the memory, or none is needed.
+
+    Computing costs ``(operations · op_overhead_s + FLOPs / flops + bytes / memory_bytes_per_s) · straggler ·
+    jitter``, with what ``backend.meter`` has counted.
+
+    Raises ValueError for what no machine can be.
+    """
+
+    nodes: int
+    flops: float = 1e12
+    op_overhead_s: float = 0.0
+    memory_bytes_per_s: float | None = None
+    reduce_bytes_per_s: float | None = None
+    latency_s: float = 5e-6
+    bandwidth_bytes_per_s: float = 1.25e9
+    ranks_per_node: int = 1
+    stragglers: Mapping[int, float] = field(default_factory=dict)
+    jitter: float = 0.0
+    seed: int = 0
+    topology: str | Topology = "switch"
+    local_latency_s: float = 0.0
+    local_bandwidth_bytes_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "ranks_per_node"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), 1))
+        object.__setattr__(self, "seed", _whole("seed", self.seed, 0))
+        for name in ("flops", "bandwidth_bytes_per_s"):
+            _positive(name, getattr(self, name))
+        for name in ("memory_bytes_per_s", "reduce_bytes_per_s", "local_bandwidth_bytes_per_s"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        for name in ("latency_s", "local_latency_s", "op_overhead_s", "jitter"):
+            _not_negative(name, getattr(self, name))
+        if not isinstance(self.stragglers, Mapping):
+            raise ValueError(f"stragglers={self.stragglers!r}: give a mapping node → factor, such as {{3: 5.0}}")
+        for node, factor in self.stragglers.items():
+            if _whole("a straggler's node", node, 0) >= self.nodes:
+                raise ValueError(f"straggler {node} is beyond the cluster: its nodes are 0 to {self.nodes - 1}")
+            _positive(f"the factor of straggler {node}", factor)
+        object.__setattr__(self, "stragglers", dict(self.stragglers))
+        object.__setattr__(self, "topology", make_topology(self.topology, self.nodes))
+
+    # -- who lives where ---------------------------------------------------------------------------------
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raise ValueError if that many ranks do not fit."""
+        if world_size > self.nodes * self.ranks_per_node:
+            raise ValueError(
+                f"{world_size} ranks do not fit into a cluster of {self.nodes} nodes × {self.ranks_per_node} ranks: "
+                "give it more nodes= or ranks_per_node="
+            )
+
+    # -- what computing costs ----------------------------------------------------------------------------
+
+    def compute_s(self, operations: float, flops: float, nbytes: float = 0.0, rank: int | None = None) -> Any:
+        """Seconds for that much work, without jitter; on ``rank`` if it is given, else on a node that is no straggler.
+
+        The three may be arrays of one shape: then so is the result.
+        """
+        seconds = operations * self.op_overhead_s + flops / self.flops
+        if self.memory_bytes_per_s is not None:
+            seconds = seconds + nbytes / self.memory_bytes_per_s
+        return seconds if rank is None else seconds * self.slowness(rank)
+
+    def slowness(self, rank: int) -> float:
+        """How many times longer than on an ordinary node computing takes on ``rank``."""
+        return self.stragglers.get(self.node_of(rank), 1.0)
+
+    def jitter_factors(self, rank: int) -> Jitter:
+        """The stream of factors by which this rank's stretches of computing are longer or shorter."""
+        return Jitter(self.jitter, self.seed, rank)
+
+    # -- what communication costs ------------------------------------------------------------------------
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """β."""
+        return 1 / self.bandwidth_bytes_per_s
+
+    @property
+    def reduce_seconds_per_byte(self) -> float:
+        """γ."""
+        return 0.0 if self.reduce_bytes_per_s is None else 1 / self.reduce_bytes_per_s
+
+    @property
+    def local_seconds_per_byte(self) -> float:
+        speed = self.local_bandwidth_bytes_per_s or self.memory_bytes_per_s
+        return 0.0 if speed is None else 1 / speed
+
+
+class Jitter:
+    """Factors of mean 1, log-normal, from the generator at (seed, "jitter", rank): the same on every run."""
+
+    def __init__(self, spread: float, seed: int, rank: int) -> None:
+        self._spread = spread
+        self._generator = backend.generator(seed, "jitter", rank) if spread else None
+
+    def next(self) -> float:
+        if self._generator is None:
+            return 1.0
+        z = float(self._generator.standard_normal())
+        return math.exp(self._spread * z - self._spread**2 / 2)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name}={value!r}: give a whole number")
+    if value < least:
+        raise ValueError(f"{name}={value}: give at least {least}")
+    return int(value)
+
+
+def _positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not value > 0:
+        raise ValueError(f"{name}={value!r}: give a positive number")
+
+
+def _not_negative(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a number that is finite and not negative")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)

@@ -1,0 +1,104 @@
+"""Virtual time: a heap of events ordered by (time, sequence), and tasks that wait for them.
+
+A task is a greenlet: plain code that runs until it waits. While one runs, nothing else does, and no virtual time
+passes except what the task charges to its own clock. So a run depends on nothing but its inputs.
+
+A task's clock may run ahead of the loop's: a rank that computes for a second charges a second, and goes on at
+once. It looks back into the past of others only through events, which the loop takes in order of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import copy_context
+from heapq import heappop, heappush
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+Action = Callable[[], Any]
+
+
+class Loop:
+    """The clock of a virtual world. ``now`` is the time of the event that is being handled, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events = 0  # handled so far
+        self._heap: list[tuple[float, int, Action]] = []
+        self._sequence = 0
+        self._hub: greenlet | None = None
+
+    def at(self, time_s: float, action: Action) -> None:
+        """Call ``action()`` at ``time_s``; of equal times, first asked is first called. Not before ``now``."""
+        self._sequence += 1
+        heappush(self._heap, (time_s, self._sequence, action))
+
+    def run(self) -> None:
+        """Handle events until there are none. What an action raises ends the loop."""
+        heap = self._heap
+        self._hub = getcurrent()
+        while heap:
+            self.now, _, action = heappop(heap)
+            self.events += 1
+            action()
+
+    @property
+    def hub(self) -> greenlet:
+        """Where a task goes that waits."""
+        assert self._hub is not None
+        return self._hub
+
+
+class Task(greenlet):
+    """A greenlet with a clock. Its context variables are its own.
+
+    Args:
+        loop: the clock of its world.
+        rank: whose task it is.
+        run: what it does.
+        name: for messages; "" for the rank itself.
+    """
+
+    def __init__(self, loop: Loop, rank: int, run: Action, name: str = "") -> None:
+        super().__init__(run, loop.hub if loop._hub is not None else None)
+        self.gr_context = copy_context()
+        self.loop, self.rank, self.name = loop, rank, name
+        self.clock = 0.0
+        self.waits_for: Callable[[], str] | None = None
+        """In words, while it waits."""
+
+    def block(self, what: Callable[[], str]) -> Any:
+        """Wait, in this task, until someone wakes it; returns what it was woken with."""
+        self.waits_for = what
+        value = self.loop.hub.switch()
+        self.waits_for = None
+        return value
+
+    def wake(self, time_s: float) -> None:
+        """Let this task go on at ``time_s``, or at its own clock's time if that is later. Nothing if it does not wait."""
+        if self.waits_for is None:
+            return
+        self.waits_for = None
+        if time_s > self.clock:
+            self.clock = time_s
+        self.loop.at(self.clock, self.switch)
+
+    def waited(self) -> None:
+        """A wait is over."""
+
+    def fail(self, error: BaseException) -> None:
+        """Let this waiting task go on now, with an exception."""
+        self.waits_for = None
+        self.clock = max(self.clock, self.loop.now)
+        self.loop.at(self.loop.now, lambda: None if self.dead else self.throw(error))
+
+    def stop(self) -> None:
+        """End this waiting task; its ``finally`` blocks run."""
+        if not self.dead:
+            self.throw(GreenletExit)
+
+
+def in_task() -> bool:
+    """Whether the caller is a task of some loop."""
+    return isinstance(getcurrent(), Task)
