@@ -192,6 +192,7 @@ def test_the_room_stands_on_the_floor():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert {m for m in loaded if m.startswith("minidp")} == {
-        "minidp", "minidp.trace", "minidp.trace.chrome", "minidp.trace.recorder"
+        "minidp", "minidp.trace", "minidp.trace.chrome", "minidp.trace.lanes", "minidp.trace.recorder",
+        "minidp.trace.text", "minidp.trace.timeline",
     }  # fmt: skip
     assert not loaded & {"json", "numpy", "matplotlib"}
