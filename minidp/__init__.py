@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minidp import autograd, comm, data, launch, nn, optim, parallel, trace
+    from minidp import autograd, comm, data, launch, nn, optim, parallel, sim, trace
     from minidp.autograd import Tensor, no_grad, tensor
     from minidp.comm import CollectiveMismatch, CollectiveTimeout, CommError, Communicator, RankFailed, ReduceOp
-    from minidp.launch import spawn
+    from minidp.launch.spawn import spawn
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _HOME = {
     "ReduceOp": "minidp.comm",
     "spawn": "minidp.launch",
 }
-_ROOMS = ("autograd", "backend", "comm", "data", "launch", "nn", "optim", "parallel", "trace")
+_ROOMS = ("autograd", "backend", "comm", "data", "launch", "nn", "optim", "parallel", "sim", "trace")
 
 __all__ = [
     "CollectiveMismatch",
@@ -46,6 +46,7 @@ __all__ = [
     "no_grad",
     "optim",
     "parallel",
+    "sim",
     "spawn",
     "tensor",
     "trace",

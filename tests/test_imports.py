@@ -20,7 +20,7 @@ HEAVY = (
     "cupy",
     "mpi4py",
 )
-ROOMS = ("autograd", "backend", "comm", "data", "launch", "nn", "optim", "parallel", "trace")
+ROOMS = ("autograd", "backend", "comm", "data", "launch", "nn", "optim", "parallel", "sim", "trace")
 
 
 def loaded_by(source: str) -> set[str]:

@@ -20,7 +20,7 @@ PACKAGE = Path(minidp.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "backend": (),
     "trace": (),
-    "sim": (),
+    "sim": ("backend", "trace"),
     "autograd": ("backend",),
     "nn": ("autograd",),
     "optim": ("nn",),
@@ -30,12 +30,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "parallel": ("comm", "nn", "optim", "data", "compress"),
     "launch": ("parallel",),
 }
-COMMANDS = ("demo", "bench", "plan", "replay", "doctor")  # may use everything, and the package by its own name
+# May use everything, and the package by its own name.
+COMMANDS = ("demo", "bench", "plan", "replay", "doctor", "calibrate")
 
 # Besides NumPy and the standard library. A new line here is a new dependency: it needs a reason.
 THIRD_PARTY = {
+    "trace": {"matplotlib"},
+    "sim": {"greenlet"},
+    "comm": {"greenlet"},
     "nn": {"safetensors"},
-    "launch": {"cloudpickle", "multiprocessing_logging", "rich", "threadpoolctl"},
+    "launch": {"cloudpickle", "greenlet", "multiprocessing_logging", "rich", "threadpoolctl"},
     "demo": {"rich"},
     "bench": {"rich", "threadpoolctl", "torch", "mpi4py"},
 }

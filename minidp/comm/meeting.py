@@ -4,8 +4,8 @@
     values      computed for all ranks at one place (`values`)
     time        the schedule's messages pass through the network, a step when the one before has ended everywhere
 
-So a collective takes what `costs.cost` says, exactly, where its messages meet nobody else's; and it begins when the
-slowest rank has come. In groups of up to 64 ranks every message is an event of its own. Larger groups take the path
+So a collective takes what `costs.cost` says, exactly, where its messages meet nobody else's; and it begins when
+the slowest rank has come. In groups of up to 64 ranks every message passes by itself. Larger groups take the path
 of `waves`: the same arithmetic, a wave of messages at a time, with all links taken at the start.
 """
 
@@ -34,7 +34,7 @@ EVENTS_UP_TO = 64  # ranks of a group whose messages are events of their own
 
 
 class Movement(NamedTuple):
-    """What moves in a collective: the schedule ``timed`` for an array of ``length`` elements of ``itemsize`` bytes."""
+    """What moves in a collective: the schedule ``timed``, ``length`` elements of ``itemsize`` bytes."""
 
     timed: str
     root: int

@@ -145,7 +145,7 @@ class ProcessCommunicator(Communicator):
             check_array(x, writes=True)
             with execute.contiguous(x) as flat:
                 self._sum_slots(flat, op, plan)
-        self._count(x.nbytes, x.nbytes)
+        self._count(x.nbytes)
         return None
 
     def _sum_slots(self, flat: Array, op: ReduceOp, plan: _Plan) -> None:
@@ -193,7 +193,7 @@ class ProcessCommunicator(Communicator):
                 for row, slot in zip(rows, slots):
                     row[lo:hi] = slot[: hi - lo]
                 arrive = rendezvous.arrive
-        self._count(x.nbytes, x.nbytes)
+        self._count(x.nbytes)
         return None
 
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
@@ -214,7 +214,7 @@ class ProcessCommunicator(Communicator):
                 fold(pieces, op, flat[lo:hi], divide=True)
 
             self._rounds("reduce_scatter", x, op.value, out.size, p * x.itemsize, put, take)
-        self._count(out.nbytes, out.nbytes)
+        self._count(out.nbytes)
         return None
 
     def broadcast(self, x: Array, src: int = 0, *, async_op: bool = False) -> Work | None:
@@ -234,8 +234,8 @@ class ProcessCommunicator(Communicator):
                     data[lo:hi] = slots[src][: hi - lo]
 
             self._rounds("broadcast", x, f"src={src}", len(data), 1, put, take)
-        readers = self.world_size - 1 if self.rank == src else 0
-        self.traffic.add(x.nbytes * readers, 0 if self.rank == src else x.nbytes, readers)
+        readers, read = (self.world_size - 1, 0) if self.rank == src else (0, x.nbytes)
+        self.traffic.add(x.nbytes * readers, read, readers)
         return None
 
     def barrier(self) -> None:
@@ -296,9 +296,8 @@ class ProcessCommunicator(Communicator):
             self._plans[key] = plan
         return plan
 
-    def _count(self, sent_each: int, received_each: int) -> None:
-        peers = self.world_size - 1
-        self.traffic.add(sent_each * peers, received_each * peers, peers)
+    def _count(self, each: int) -> None:
+        self.traffic.add(each * (self.world_size - 1), each * (self.world_size - 1), self.world_size - 1)
 
     def _check_usable(self, x: Array, writes: bool = False) -> None:
         self._check_open()

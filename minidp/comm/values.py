@@ -17,7 +17,7 @@ import numpy.typing as npt
 from minidp.comm.reduction import ReduceOp, finish, fold
 from minidp.comm.schedules import ALL_REDUCE
 from minidp.comm.transfers import chunk_bounds
-from minidp.comm.waves import chunks, waves
+from minidp.comm.waves import waves
 
 Array = npt.NDArray[Any]
 Sum = tuple[int, tuple[int, ...]]  # the rank that gets it, the ranks whose values are its terms, in order
@@ -44,8 +44,9 @@ def combine(name: str, root: int, arrays: Sequence[Array], op: ReduceOp | None) 
 
 @lru_cache(maxsize=64)
 def order_of_sum(name: str, world_size: int) -> tuple[int, tuple[Sum, ...]]:
-    """How chunk 0 comes about: (the rank that ends with it, the sums before, in order). Read backwards off the entries.
+    """How chunk 0 comes about: (the rank that ends with it, the sums before, in order).
 
+    It is read off the entries, from the end backwards.
     A sum's terms are the values that those ranks hold at that moment. All ranks end with equal bits, so one
     rank's way to them is enough; no value that it needs is used twice.
     """
@@ -82,7 +83,7 @@ def _all_reduce(name: str, arrays: Sequence[Array], op: ReduceOp) -> None:
         finish(total, op, p)
         _give(total, arrays)
     elif n * arrays[0].itemsize < _SMALL * p:
-        # Chunk c comes about as chunk 0 does, all ranks moved on by c: term k of element e is x[k + chunk of e][e].
+        # Chunk c comes about as chunk 0 does, all ranks moved on by c.
         matrix, columns = np.stack(arrays), np.arange(n)
         chunk = np.repeat(np.arange(p), [hi - lo for lo, hi in chunk_bounds(n, p)])
         total = _evaluate(name, [matrix[(k + chunk) % p, columns] for k in range(p)], op)

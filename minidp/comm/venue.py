@@ -73,17 +73,23 @@ class Venue:
 
         Raises what has become of the world, if it has failed.
         """
-        task = getcurrent()
-        if not isinstance(task, Task) or task.rank != rank or task.loop is not self.loop:
-            raise CommError(
-                f"the communicator of rank {rank} was used outside its rank's function (in a thread, or after the "
-                "run): in the virtual world all ranks share one thread, and each speaks for itself alone"
-            )
+        task: Task = getcurrent()
+        if task is not self.ranks[rank]:
+            if not isinstance(task, Task) or task.rank != rank or task.loop is not self.loop:
+                raise CommError(
+                    f"the communicator of rank {rank} was used outside its rank's function (in a thread, or after "
+                    "the run): in the virtual world all ranks share one thread, and each speaks for itself alone"
+                )
+        else:
+            task.catch_up()
         if self._news is not None:
             self._refuse(rank)
-        if type(task) is Computer:
-            task.catch_up()
         return task
+
+    def check(self, rank: int) -> None:
+        """Raise what has become of the world, if it has failed."""
+        if self._news is not None:
+            self._refuse(rank)
 
     def _refuse(self, rank: int) -> None:
         assert self._news is not None

@@ -6,7 +6,6 @@ Point to point: `post`. Collectives: `meeting`. Where the ranks are, and what be
 from __future__ import annotations
 
 import pickle
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +15,18 @@ from greenlet import getcurrent
 
 from minidp import trace
 from minidp.comm import costs, execute
-from minidp.comm.communicator import Communicator
+from minidp.comm.communicator import ANY, Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.meeting import Group, Meeting, Movement, Payload
 from minidp.comm.post import PostOffice
 from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
+from minidp.comm.stream import Stream
 from minidp.comm.traffic import Traffic
 from minidp.comm.venue import Venue
 from minidp.comm.work import Work
-from minidp.sim.computer import Computer
-from minidp.sim.loop import Task
 
 Array = npt.NDArray[Any]
+_Members = tuple[Group, PostOffice, dict[int, int]]  # a new group, and the place in it by rank in the old one
 
 
 class VirtualCommunicator(Communicator):
@@ -52,7 +51,7 @@ class VirtualCommunicator(Communicator):
         self.traffic = traffic
         self._sequence = 0
         self._header = ""
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._children: list[VirtualCommunicator] = []
         self._closed = False
 
@@ -61,18 +60,33 @@ class VirtualCommunicator(Communicator):
     def post_send(self, x: Array, dst: int, tag: int) -> Work:
         self._check(x)
         self.traffic.add(x.nbytes)
-        return self._post.send(self.rank, x, dst, tag)
+        return self._post.begin_send(self.rank, x, dst, tag)
 
     def post_recv(self, x: Array, src: int, tag: int) -> Work:
         self._check(x, writes=True)
-        receipt = self._post.recv(self.rank, x, src, tag)
+        receipt = self._post.begin_recv(self.rank, x, src, tag)
         self.traffic.add(0, x.nbytes, 0)
         return receipt
+
+    def send(self, x: Array, dst: int, tag: int = 0, *, async_op: bool = False) -> Any:
+        if async_op or not isinstance(x, np.ndarray) or not 0 <= dst < self.world_size or tag < 0 or self._closed:
+            return super().send(x, dst, tag, async_op=async_op)  # type: ignore[call-overload]
+        self._post.send(self.rank, x, dst, tag)  # the short way
+        self.traffic.add(x.nbytes)
+        return None
+
+    def recv(self, x: Array, src: int = ANY, tag: int = 0, *, async_op: bool = False) -> Any:
+        if async_op or tag < 0 or not ANY <= src < self.world_size:
+            return super().recv(x, src, tag, async_op=async_op)  # type: ignore[call-overload]
+        self._check(x, writes=True)
+        src = self._post.recv(self.rank, x, src, tag)
+        self.traffic.add(0, x.nbytes, 0)
+        return src
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
         self.run_all()
         meeting = self._meet(name or "split", note=(color, key))
-        found: dict[int | None, tuple[Group, PostOffice, dict[int, int]]] = meeting.make(lambda: self._groups(meeting, name))
+        found: dict[Any, _Members] = meeting.make(lambda: self._groups(meeting, name))
         if color is None:
             return None
         group, post, member = found[color]
@@ -80,7 +94,7 @@ class VirtualCommunicator(Communicator):
         self._children.append(child)
         return child
 
-    def _groups(self, meeting: Meeting, name: str | None) -> dict[Any, tuple[Group, PostOffice, dict[int, int]]]:
+    def _groups(self, meeting: Meeting, name: str | None) -> dict[Any, _Members]:
         members: dict[Any, list[tuple[int, int]]] = {}
         for rank, (color, key) in enumerate(meeting.everybody()):
             members.setdefault(color, []).append((key, rank))
@@ -166,12 +180,10 @@ class VirtualCommunicator(Communicator):
         return list(pickle.loads(everybody))
 
     def _collective(self, schedule: str, timed: str, flat: Array, op: ReduceOp | None, root: int = 0) -> None:
-        reads = (schedule == "broadcast" and self.rank == root) or (schedule == "direct_reduce" and self.rank != root)
-        if not reads:
-            check_array(flat, writes=True)
-        self._meet(
-            self._header, payload=Payload(schedule, flat, op), movement=Movement(timed, root, len(flat), flat.itemsize)
-        )
+        only_reads = {"broadcast": self.rank == root, "direct_reduce": self.rank != root}
+        check_array(flat, writes=not only_reads.get(schedule, False))
+        movement = Movement(timed, root, len(flat), flat.itemsize)
+        self._meet(self._header, payload=Payload(schedule, flat, op), movement=movement)
 
     def _meet(
         self, header: str, note: Any = 0, payload: Payload | None = None, movement: Movement | None = None
@@ -207,7 +219,7 @@ class VirtualCommunicator(Communicator):
     def _defer(self, run: Callable[[], Any]) -> Work:
         task = self._venue.here(self._world_rank)
         if self._stream is None:
-            self._stream = _Stream(self._venue, self._world_rank, self._group.name)
+            self._stream = Stream(self._venue, self._world_rank, self._group.name)
         return self._stream.add(run, task)
 
     def run_all(self) -> None:
@@ -225,86 +237,6 @@ class VirtualCommunicator(Communicator):
             raise CommError(
                 "this communicator is closed: it lives as long as the function that spawn called with it"
             )
-
-
-class _Stream:
-    """A task beside the rank's that runs its deferred collectives, one after the other."""
-
-    def __init__(self, venue: Venue, rank: int, name: str) -> None:
-        self.venue, self.rank = venue, rank
-        self.task = Task(venue.loop, rank, self._run, name)
-        venue.streams.append(self.task)
-        self.last: _Running | None = None
-        self._queue: deque[_Running] = deque()
-        self._idle = True
-
-    def add(self, run: Callable[[], Any], caller: Task) -> _Running:
-        self.last = work = _Running(self, run, caller.clock)
-        self._queue.append(work)
-        if self._idle:
-            self._idle = False
-            self.venue.loop.at(caller.clock, self.task.switch)
-        return work
-
-    def _run(self) -> None:
-        while True:
-            while self._queue:
-                work = self._queue.popleft()
-                self.task.clock = max(self.task.clock, work.posted)
-                work.run()
-            self._idle = True
-            self.venue.loop.hub.switch()
-
-
-class _Running(Work):
-    """A collective on a stream."""
-
-    def __init__(self, stream: _Stream, run: Callable[[], Any], posted: float) -> None:
-        self._stream, self._run, self.posted = stream, run, posted
-        self._recorder = trace.current()
-        self._done = False
-        self._value: Any = None
-        self._error: Exception | None = None
-        self._ended = 0.0
-        self._waiters: list[Task] = []
-
-    def run(self) -> None:
-        """On the stream's task."""
-        try:
-            if self._recorder is None:
-                self._value = self._run()
-            else:
-                with trace.recording(self._recorder):
-                    self._value = self._run()
-        except Exception as error:
-            self._error = error
-        self._done, self._ended = True, self._stream.task.clock
-        for task in self._waiters:
-            task.wake(self._ended)
-        self._waiters.clear()
-
-    def wait(self) -> Any:
-        self.settle()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def settle(self) -> None:
-        """Wait until it has ended, well or badly."""
-        task = self._stream.venue.here(self._stream.rank)
-        came = task.clock
-        if not self._done:
-            self._waiters.append(task)
-            task.block(self._place)
-        task.clock = max(task.clock, self._ended)
-        task.waited()
-        recorder = trace.current()
-        if recorder is not None and task.clock > came:
-            recorder.add(f"wait for {self._stream.task.name}", "wait", came, task.clock)
-
-    def _place(self) -> str:
-        waits_for = self._stream.task.waits_for
-        return waits_for() if waits_for is not None else f"an operation of {self._stream.task.name}"
 
 
 def _aligned(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -1,9 +1,9 @@
 """Schedules of large groups, as vectors over ranks: the entries of `schedules.py`, a wave of messages at a time.
 
-A ring of 1000 ranks has two million messages; as lists of entries they would take seconds to make and a gigabyte to
-hold. A wave is a set of messages of one step of which each rank sends at most one. Where a rank sends several in a
-step, the waves are in the order in which they leave its port: to the next rank first. A test holds the waves of
-each algorithm equal to its entries.
+A ring of 1000 ranks has two million messages; as lists of entries they would take seconds to make and a gigabyte
+to hold. A wave is a set of messages of one step of which each rank sends at most one. Where a rank sends several
+in a step, the waves are in the order in which they leave its port: to the next rank first. A test holds the waves
+of each algorithm equal to its entries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Pattern:
-    """Who sends to whom: ``src`` and ``dst``, shape (messages,). Compared by identity, so that routes can be kept."""
+    """Who sends to whom: ``src`` and ``dst``, shape (messages,). Compared by identity: routes can be kept."""
 
     def __init__(self, src: Ints, dst: Ints) -> None:
         self.src, self.dst = src, dst

@@ -45,8 +45,9 @@ def spawn(
 ) -> list[T]:
     """Run ``fn(comm, *args)`` on ``world_size`` ranks and return what each returned, in rank order.
 
-    Each rank is a process of its own, or, in the virtual world, a task in this thread. Functions travel by value where they must: those of a notebook cell, of a
-    script without a ``__main__`` guard, lambdas. Prints and log records of the ranks appear where the parent's do.
+    Each rank is a process of its own, or, in the virtual world, a task in this thread. Functions travel by value
+    where they must: those of a notebook cell, of a script without a ``__main__`` guard, lambdas. Prints and log
+    records of the ranks appear where the parent's do.
 
     Args:
         fn: called as ``fn(comm, *args)`` with the rank's ``Communicator``.
@@ -73,9 +74,9 @@ def spawn(
     world_size = int(world_size)
     function = _pack(fn, args)
     if world == "virtual":
-        from minidp.launch import virtual  # late: the process world needs nothing of it
+        from minidp.launch.virtual import run  # late: the process world needs nothing of it
 
-        return virtual.run(function, world_size, cluster, float(timeout_s))
+        return run(function, world_size, cluster, float(timeout_s))
     threads = blas.threads_per_rank(world_size, blas_threads)
     surroundings = worker.Surroundings.here(threads)
     title = (
@@ -136,8 +137,8 @@ def _check_virtual(world: str, cluster: Any, blas_threads: Any) -> None:
             raise TypeError(f"cluster must be a minidp.sim.Cluster, not {type(cluster).__name__}")
         if blas_threads not in (None, 1):
             raise ValueError(
-                f"blas_threads={blas_threads!r}: the virtual world has one BLAS thread, so that its results are the "
-                "same on every machine; leave it out"
+                f"blas_threads={blas_threads!r}: the virtual world has one BLAS thread, so that its results do "
+                "not depend on the number of cores; leave it out"
             )
     elif cluster is not None:
         raise ValueError(f"cluster= describes a virtual world; this one is {world!r}: give world='virtual'")

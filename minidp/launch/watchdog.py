@@ -2,7 +2,8 @@
 
 All ranks share one thread. A rank that waits there for a lock, a queue or a socket waits for ever if another rank
 is to give it, since no other rank runs. The watchdog is a thread that sees that for ``timeout_s`` no event was
-handled and the ranks' thread used no processor time; it then interrupts what blocks by a signal, whose handler raises.
+handled and the ranks' thread used no processor time; it then interrupts what blocks by a signal, whose handler
+raises.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def watching(venue: Venue, timeout_s: float) -> Iterator[None]:
         task = getcurrent()
         who = f"rank {task.rank}" if isinstance(task, Task) else "the virtual world"
         raise CommError(
-            f"{who} has blocked outside of comm for {timeout_s:g} s, {_place(frame)}. In the virtual world all ranks "
-            "share one thread, so no other rank can run meanwhile: let ranks wait for each other by comm alone"
+            f"{who} has blocked outside of comm for {timeout_s:g} s, {_place(frame)}. In the virtual world all "
+            "ranks share one thread, so no other rank runs meanwhile: let ranks wait for each other by comm alone"
         )
 
     before: Any = signal.signal(_SIGNAL, interrupt)

@@ -1,4 +1,4 @@
-"""The virtual machine room: clusters that need not exist, their network, and a clock that computers can't disturb."""
+"""The virtual machine room: clusters that need not exist, their network, and their clock."""
 
 from minidp.sim.cluster import Cluster, Jitter
 from minidp.sim.topology import FatTree, Ring, Switch, Topology

@@ -26,11 +26,11 @@ class Cluster:
             messages want of a port they get one after another.
         ranks_per_node: ranks that share a node's port. Each computes at ``flops``.
         stragglers: node → factor: it computes that many times slower (below 1: faster).
-        jitter: spread of the computing time: each stretch of computing between two waits takes exp(jitter·z − jitter²/2)
-            times as long, z normal, so its mean stays. 0: none.
+        jitter: spread of the computing time: each stretch of computing between two waits takes
+            exp(jitter·z − jitter²/2) times as long, z normal, so its mean stays. 0: none.
         seed: of the jitter. Every rank has a stream of its own.
-        topology: ``"switch"`` (flat, never a bottleneck), ``"ring"`` (neighbours only; messages hop), ``"fat_tree"``
-            or ``FatTree(leaf, oversubscription)``; see ``minidp.sim.topology``.
+        topology: ``"switch"`` (flat, never a bottleneck), ``"ring"`` (neighbours only; messages hop),
+            ``"fat_tree"`` or ``FatTree(leaf, oversubscription)``; see ``minidp.sim.topology``.
         local_latency_s, local_bandwidth_bytes_per_s: between ranks of one node, which do not use the port.
             Bandwidth None: that of the memory, or none is needed.
 
@@ -84,14 +84,14 @@ class Cluster:
         """Raise ValueError if that many ranks do not fit."""
         if world_size > self.nodes * self.ranks_per_node:
             raise ValueError(
-                f"{world_size} ranks do not fit into a cluster of {self.nodes} nodes × {self.ranks_per_node} ranks: "
-                "give it more nodes= or ranks_per_node="
+                f"{world_size} ranks do not fit into a cluster of {self.nodes} nodes × {self.ranks_per_node} "
+                "ranks: give it more nodes= or ranks_per_node="
             )
 
     # -- what computing costs ----------------------------------------------------------------------------
 
     def compute_s(self, operations: float, flops: float, nbytes: float = 0.0, rank: int | None = None) -> Any:
-        """Seconds for that much work, without jitter; on ``rank`` if it is given, else on a node that is no straggler.
+        """Seconds for that much work, without jitter: on ``rank``, or on a node that is no straggler.
 
         The three may be arrays of one shape: then so is the result.
         """

@@ -50,7 +50,7 @@ class Loop:
         return self._hub
 
 
-class Task(greenlet):
+class Task(greenlet):  # type: ignore[misc]  # it has no types
     """A greenlet with a clock. Its context variables are its own.
 
     Args:
@@ -75,8 +75,13 @@ class Task(greenlet):
         self.waits_for = None
         return value
 
+    def sleep(self) -> None:
+        """Let the others go on until the loop's clock has reached this task's own."""
+        self.loop.at(self.clock, self.switch)
+        self.loop.hub.switch()
+
     def wake(self, time_s: float) -> None:
-        """Let this task go on at ``time_s``, or at its own clock's time if that is later. Nothing if it does not wait."""
+        """Let this task go on at ``time_s``, or at its own clock's time if that is later; if it waits at all."""
         if self.waits_for is None:
             return
         self.waits_for = None

@@ -3,10 +3,11 @@
 A topology numbers its links and says, for a pair of nodes, which of them a message takes, in order. A link is a
 queue with a speed: what passes through it goes one after another. Three wirings:
 
-    Switch()                     every node's port into one switch that is never a bottleneck
-    FatTree(leaf, oversubscription)   nodes in groups of ``leaf`` behind a switch; between groups, an uplink and a downlink
-                                 a group with leaf / oversubscription times a port's bandwidth
-    Ring()                       each node wired to its two neighbours, each way; others are reached by hops
+    Switch()    every node's port into one switch that is never a bottleneck
+    FatTree(leaf, oversubscription)
+                nodes in groups of ``leaf`` behind a switch; between groups, an uplink and a downlink a group with
+                leaf / oversubscription times a port's bandwidth
+    Ring()      each node wired to its two neighbours, each way; others are reached by hops
 
 Links 0 … nodes−1 are what leaves a node, nodes … 2·nodes−1 what enters it (Ring: to the right, to the left).
 """
@@ -70,7 +71,9 @@ class FatTree(Topology):
 
     def check(self, nodes: int) -> None:
         if nodes % self.leaf:
-            raise ValueError(f"FatTree: groups of leaf={self.leaf} nodes do not fit: they must divide {nodes} nodes")
+            raise ValueError(
+                f"FatTree: groups of leaf={self.leaf} nodes do not fit: they must divide {nodes} nodes"
+            )
 
     def links(self, nodes: int) -> int:
         return 2 * nodes + 2 * (nodes // self.leaf)
