@@ -7,6 +7,7 @@ bucket 0 is complete first. They are launched in index order on every rank, what
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,3 +63,25 @@ def slices(layout: Layout, bucket: Bucket, count: int) -> list[tuple[int, int]]:
     ideal = [bucket.lo + (bucket.hi - bucket.lo) * i / count for i in range(count + 1)]
     edges = [min(cuts, key=lambda cut, at=at: abs(cut - at)) for at in ideal]  # type: ignore[misc]
     return list(pairwise(edges))
+
+
+def runs(
+    layout: Layout, groups: Sequence[int], parts: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """(lo, hi, group) of ``parts``, neighbours of one parameter group joined; ``groups`` has one a segment."""
+    segments = layout.segments
+    ends = [*(segment.offset for segment in segments[1:]), layout.size]
+    for lo, hi in parts:
+        run: tuple[int, int, int] | None = None
+        for segment, end, group in zip(segments, ends, groups):
+            start, stop = max(lo, segment.offset), min(hi, end)
+            if start >= stop:
+                continue
+            if run is not None and run[2] == group:
+                run = (run[0], stop, group)
+                continue
+            if run is not None:
+                yield run
+            run = (start, stop, group)
+        if run is not None:
+            yield run

@@ -8,14 +8,16 @@ the update to that slice of the one shared copy of w, and two barriers make it a
     barrier         everybody's gradients are there, and Σ n_i is known
     my slice        g = (Σ_i n_i g_i) / Σ n_i, in order of rank;  w' = rule(w, g) into the other buffer
     barrier         all slices are written: flip, w' is w
+
+``bucketed.py`` is the same for ranks that share no memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from minidp.comm.reduction import is_half
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
-from minidp.parallel.buckets import make_buckets, pieces, slices
+from minidp.parallel.buckets import make_buckets, pieces, runs, slices
 from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
@@ -47,7 +49,7 @@ class _Block(NamedTuple):
 
 
 class _Trouble(NamedTuple):
-    """The first element of a block that is not finite, and the rank that brought it (-1: only the sum is not)."""
+    """The first element whose sum is not finite, and the first rank that brought it (-1: only the sum is not)."""
 
     element: int
     rank: int
@@ -59,10 +61,11 @@ class DataParallel(Strategy):
 
     Args:
         model, optimizer: built alike on every rank; the optimizer from ``model.parameters()``.
-        comm: the ranks that train together; must share memory (the process world).
+        comm: the ranks that train together. Where they share no memory (``not comm.shares_memory``) this class
+            yields a ``BucketedDataParallel``: the same in messages.
         accumulation_steps: backwards that may be added up before a step.
-        bucket_cap_mb: gradients leave in buckets of about this size. On the CPU all leave in ``step``; their order
-            is fixed, and the result does not depend on this number.
+        bucket_cap_mb: gradients leave in buckets of about this size: in shared memory all in ``step``, in messages
+            during the last backward. Their order is fixed, and the result does not depend on this number.
         clip_norm: scale the averaged gradient down to this 2-norm if it is longer.
         check_finite: raise NonFiniteGradient, on all ranks, rather than commit a step whose averaged gradient
             holds NaN or infinity. (An update can still overflow where the learning rate is absurd.)
@@ -71,6 +74,17 @@ class DataParallel(Strategy):
     of w that they read), two barriers (three with ``clip_norm``), the update done once instead of N times.
     Memory: see ``slabs.py``. Sources: Li et al., VLDB 2020; Rajbhandari et al., "ZeRO", SC 2020 (sharded update).
     """
+
+    label = "DataParallel"
+
+    def __new__(cls, model: Module, optimizer: Optimizer, comm: Communicator, **options: Any) -> Self:
+        from minidp.parallel.bucketed import BucketedDataParallel  # late: it is a subclass
+
+        if comm.shares_memory or issubclass(cls, BucketedDataParallel):
+            return super().__new__(cls)
+        if cls is not DataParallel:
+            raise TypeError(f"{cls.__name__} needs shared memory: derive it from BucketedDataParallel")
+        return super().__new__(BucketedDataParallel)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -84,26 +98,31 @@ class DataParallel(Strategy):
         check_finite: bool = True,
     ) -> None:
         self.bucket_cap_mb = bucket_cap_mb
-        if not comm.shares_memory:
-            raise ValueError("DataParallel needs a communicator that shares memory; NaiveDataParallel does not")
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
-        self._slabs = Slabs(self.layout, optimizer.slots, self.comm)
-        self._broadcast_rest()
-        if self.comm.rank == 0:
-            self.layout.pack(self._slabs.params[1])
-        self._slabs.bind_grads(self.comm.rank)
-        self.comm.barrier()
-        self._slabs.flip()
-        rank, world_size = self.comm.rank, self.comm.world_size
-        self._slices = [slices(self.layout, bucket, world_size)[rank] for bucket in self.buckets]
         self._pieces = pieces(self.layout, 0, self.layout.size)
-        self._blocks = self._cut_blocks()
+        self._slabs, self._slices, parts = self._start(comm)
+        # One gradient slab: what this rank adds up is the whole, and w has one buffer.
+        self._alone = len(self._slabs.grads) == 1
+        self._own = self._slabs.grads[0 if self._alone else self.comm.rank]
+        self._blocks = self._cut_blocks(parts)
         self._mine = sum(hi - lo for lo, hi in self._slices)  # elements
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
         self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
         self._scale = 1.0
-        self._trouble: _Trouble | None = None
+        self._troubles: list[_Trouble] = []  # of this rank's blocks, in this step
+
+    def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
+        """Slabs with rank 0's w in them; which slices this rank sums and updates; the gradients to be summed."""
+        slabs = Slabs(self.layout, self.optimizer.slots, self.comm)
+        self._broadcast_rest()
+        if self.comm.rank == 0:
+            self.layout.pack(slabs.params[1])
+        slabs.bind_grads(self.comm.rank)
+        self.comm.barrier()
+        slabs.flip()
+        rank, world_size = self.comm.rank, self.comm.world_size
+        return slabs, [slices(self.layout, bucket, world_size)[rank] for bucket in self.buckets], slabs.grads
 
     def load_state_dict(self, state: StateDict) -> None:
         values = self._checked_everywhere(state)
@@ -112,7 +131,7 @@ class DataParallel(Strategy):
         for name, target in targets.items():
             if name not in inside:
                 target[...] = values[name]
-        if self.comm.rank == 0:
+        if self.comm.rank == 0 or self._alone:
             self._slabs.stage(values)
         self.comm.all_gather_int(0, "load_state_dict")
         self._slabs.flip()
@@ -128,32 +147,36 @@ class DataParallel(Strategy):
 
     def _reduce_and_update(self, samples: int) -> None:
         comm = self.comm
-        self.layout.zero_unwritten(self._slabs.grads[comm.rank])
+        self.layout.zero_unwritten(self._own)
         with trace.span("wait for gradients", "wait"):
             total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
         if total == 0:
             return
-        self._trouble = None
-        self._scale = 1 / total if self._exact and total & (total - 1) == 0 else 1
-        self._hyper = [self.optimizer.hyper(group, self.updates) for group in range(len(self.optimizer.groups))]
         with trace.span("reduce and update", "compute"):
-            gradients: Iterable[Flat] = map(self._reduce, self._blocks, repeat(total))
-            if self.clip_norm is not None:
-                gradients = self._clipped(gradients, self.clip_norm)
-            elif comm.world_size == 1:
-                gradients = list(gradients)  # w has one buffer: all is looked at before any of it is written
-            if comm.world_size > 1 or self._trouble is None:
-                for block, gradient in zip(self._blocks, gradients):  # each while it is in the cache
-                    self._update(block, gradient)
+            trouble = self._average_and_update(total)
         with trace.span("wait for parameters", "wait"):
             # A committed step is one that no rank found fault with: 0 from everybody.
-            elements = comm.all_gather_int(
-                0 if self._trouble is None else 1 + self._trouble.element, "step/parameters"
-            )
+            elements = comm.all_gather_int(0 if trouble is None else 1 + trouble.element, "step/parameters")
         self._count_traffic()
         if any(elements):
-            self._raise_non_finite(elements)
+            self._raise_non_finite(elements, trouble)
         self._slabs.flip()
+
+    def _average_and_update(self, total: int) -> _Trouble | None:
+        """∇L and w' of this rank's blocks; the first trouble in them, with which w' is void."""
+        self._troubles.clear()
+        self._scale = 1 / total if self._exact and total & (total - 1) == 0 else 1
+        self._hyper = [self.optimizer.hyper(group, self.updates) for group in range(len(self.optimizer.groups))]
+        gradients: Iterable[Flat] = map(self._reduce, self._blocks, repeat(total))
+        if self._alone:
+            gradients = list(gradients)  # w has one buffer: all is looked at before any of it is written
+            if self._troubles:
+                return min(self._troubles)
+        if self.clip_norm is not None:
+            gradients = self._clipped(gradients, self.clip_norm)
+        for block, gradient in zip(self._blocks, gradients):  # each while it is in the cache
+            self._update(block, gradient)
+        return min(self._troubles, default=None)
 
     def _reduce(self, block: _Block, total: int) -> Flat:
         """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32.
@@ -168,8 +191,8 @@ class DataParallel(Strategy):
             for part in parts[2:]:
                 np.add(out, part, out=out)
         # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
-        if self.check_finite and self._trouble is None and not math.isfinite(np.dot(summed, summed)):
-            self._trouble = _find_trouble(block, summed)
+        if self.check_finite and not math.isfinite(np.dot(summed, summed)):
+            self._troubles += _find_trouble(block, summed)
         if self._scale != 1:
             return summed
         np.divide(summed, total, out=out)
@@ -191,19 +214,21 @@ class DataParallel(Strategy):
             scratch=block.scratch,
             scale=self._scale,
         )
+        self.optimizer.count_update(gradient.size, gradient.itemsize)
 
     def _clipped(self, gradients: Iterable[Flat], clip_norm: float) -> list[Flat]:
         """The mean, scaled down to the norm. Collective.
 
         My slice of the mean replaces my slice of my own gradients: nobody else reads that place.
         """
-        mine = self._slabs.grads[self.comm.rank]
+        mine = self._own
         for block, gradient in zip(self._blocks, gradients):
             np.multiply(gradient, self._scale, out=mine[block.lo : block.hi])
         squares = np.zeros(len(self._pieces))
         for lo, hi in self._slices:
             norms.add_squares(squares, self._pieces, mine, lo, hi)
-        self.comm.all_reduce(squares)  # each piece has one rank that is not zero there: exact
+        if not self._alone:
+            self.comm.all_reduce(squares)  # each piece has one rank that is not zero there: exact
         self._scale = 1.0
         clipped = [mine[block.lo : block.hi] for block in self._blocks]
         for gradient in clipped:
@@ -216,24 +241,25 @@ class DataParallel(Strategy):
         each_way = (self.layout.size - self._mine + self._mine * peers) * self.layout.itemsize
         self._exchanged.add(each_way, each_way, 2 * peers)
 
-    def _raise_non_finite(self, elements: list[int]) -> None:
+    def _raise_non_finite(self, elements: list[int], mine: _Trouble | None) -> None:
         """All ranks raise the same: the first element's trouble, told by the rank that found it."""
         finder = min((element, rank) for rank, element in enumerate(elements) if element)[1]
-        trouble: _Trouble = self.comm.broadcast_object(self._trouble, finder)
+        trouble: _Trouble = self.comm.broadcast_object(mine, finder)
         (name, *_) = self.layout.names_at(trouble.element, trouble.element + 1)
         raise NonFiniteGradient(name, trouble.rank, self.updates, trouble.value)
 
     # -- made once -------------------------------------------------------------------------------------
 
-    def _cut_blocks(self) -> list[_Block]:
+    def _cut_blocks(self, parts: list[Flat]) -> list[_Block]:
         """This rank's slices of all buckets, in launch order, cut to blocks of one parameter group each."""
         slabs, dtype = self._slabs, np.dtype(self.layout.dtype)
         length = BLOCK_BYTES // dtype.itemsize
         work = np.empty(length, np.float32 if is_half(dtype) else dtype)
-        alone = len(slabs.grads) == 1 and work.dtype == dtype  # then the gradients themselves become the mean
+        in_place = len(parts) == 1 and work.dtype == parts[0].dtype  # then the sum itself becomes the mean
         scratch = tuple(np.empty(length, dtype) for _ in range(self.optimizer.scratch))
         blocks = []
-        for start, stop, group in self._runs():
+        groups = [self.optimizer.group_of(segment.parameter) for segment in self.layout.segments]
+        for start, stop, group in runs(self.layout, groups, self._slices):
             for lo in range(start, stop, length):
                 hi = min(lo + length, stop)
                 blocks.append(
@@ -241,41 +267,22 @@ class DataParallel(Strategy):
                         lo=lo,
                         hi=hi,
                         group=group,
-                        parts=[grad[lo:hi] for grad in slabs.grads],
+                        parts=[part[lo:hi] for part in parts],
                         params=(slabs.params[0][lo:hi], slabs.params[1][lo:hi]),
                         state=tuple({k: v[i][lo:hi] for k, v in slabs.state.items()} for i in (0, 1)),  # type: ignore[arg-type]
-                        mean=slabs.grads[0][lo:hi] if alone else work[: hi - lo],
+                        mean=parts[0][lo:hi] if in_place else work[: hi - lo],
                         scratch=tuple(array[: hi - lo] for array in scratch),
                     )
                 )
         return blocks
 
-    def _runs(self) -> Iterator[tuple[int, int, int]]:
-        """(lo, hi, parameter group) of this rank's slices, neighbours of one group joined."""
-        segments = self.layout.segments
-        groups = [self.optimizer.group_of(segment.parameter) for segment in segments]
-        ends = [*(segment.offset for segment in segments[1:]), self.layout.size]
-        for lo, hi in self._slices:
-            run: tuple[int, int, int] | None = None
-            for segment, end, group in zip(segments, ends, groups):
-                start, stop = max(lo, segment.offset), min(hi, end)
-                if start >= stop:
-                    continue
-                if run is not None and run[2] == group:
-                    run = (run[0], stop, group)
-                    continue
-                if run is not None:
-                    yield run
-                run = (start, stop, group)
-            if run is not None:
-                yield run
 
-
-def _find_trouble(block: _Block, summed: Flat) -> _Trouble | None:
-    """Look again, slowly; None if only the dot product had overflowed."""
-    for rank, values in (*enumerate(block.parts), (-1, summed)):
-        bad = ~np.isfinite(values)
-        if bad.any():
-            first = int(bad.argmax())
-            return _Trouble(block.lo + first, rank, float(values[first]))
-    return None
+def _find_trouble(block: _Block, summed: Flat) -> list[_Trouble]:
+    """Look again, slowly; nothing if only the dot product had overflowed."""
+    bad = ~np.isfinite(summed)
+    if not bad.any():
+        return []
+    first = int(bad.argmax())
+    values = [*(float(part[first]) for part in block.parts), float(summed[first])]
+    at = next(i for i, value in enumerate(values) if not math.isfinite(value))
+    return [_Trouble(block.lo + first, at if at < len(block.parts) else -1, values[at])]

@@ -25,6 +25,8 @@ class NaiveDataParallel(Strategy):
     Cost of a step, n bytes of gradients: sent (N−1)n a rank, in one message a parameter and peer.
     """
 
+    label = "NaiveDataParallel"
+
     def __init__(
         self,
         model: Module,
@@ -90,6 +92,7 @@ class NaiveDataParallel(Strategy):
         self.optimizer.update(
             w, gradient, state, w, state, lr=hyper["lr"], t=self.updates, hyper=hyper, scratch=scratch
         )
+        self.optimizer.count_update(w.size, w.itemsize)
 
     def _clip_scale(self, gradients: list[np.ndarray], clip_norm: float) -> float:
         flat = np.zeros(self.layout.size, self.layout.dtype)

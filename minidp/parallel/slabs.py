@@ -5,7 +5,8 @@ and the flip after the last barrier commits it. A rank that is killed at any mom
 step whole. Each rank has a gradient slab of its own, which the others read.
 
 Memory, Ψ elements, all ranks together: 2Ψ for w, 2Ψ for each slot of the state, NΨ for gradients. A lone rank
-has one buffer of each: nobody survives that rank, and a second would cost its caches 10 % of a step.
+has one buffer of each: nobody survives that rank, and a second would cost its caches 10 % of a step. Ranks that
+share no memory are lone ranks here, each with a w of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import numpy.typing as npt
 
 from minidp.comm import Communicator
 from minidp.nn import Layout
+from minidp.nn.layout import ALIGNMENT_BYTES
 
 Flat = npt.NDArray[Any]
 
 
 class Slabs:
-    """The slabs of one strategy, made collectively.
+    """The slabs of one strategy, made collectively by the ranks of ``comm``, or, with None, by one for itself.
 
     Attributes:
         params: the two buffers of w, shape (size,), the layout's dtype.
@@ -32,14 +34,15 @@ class Slabs:
         current: which buffer holds the committed step.
     """
 
-    def __init__(self, layout: Layout, slots: tuple[str, ...], comm: Communicator) -> None:
+    def __init__(self, layout: Layout, slots: tuple[str, ...], comm: Communicator | None) -> None:
         self.layout = layout
         dtype, size = np.dtype(layout.dtype), layout.size
-        copies = 1 if comm.world_size == 1 else 2
+        copies = 1 if comm is None or comm.world_size == 1 else 2
         buffers = copies * (1 + len(slots))
         # One allocation, with rank 0's share holding what there is one of: a peer's share is its gradients.
-        common = buffers * layout.nbytes if comm.rank == 0 else 0
-        views = comm.allocate(common + layout.nbytes)
+        common = buffers * layout.nbytes if comm is None or comm.rank == 0 else 0
+        nbytes = common + layout.nbytes
+        views = [_aligned(nbytes)] if comm is None else comm.allocate(nbytes)
         shared = views[0][: buffers * layout.nbytes].view(dtype).reshape(buffers, size)
         self.grads: list[Flat] = [view[len(view) - layout.nbytes :].view(dtype) for view in views]
         pairs = [(shared[i], shared[i + copies - 1]) for i in range(0, buffers, copies)]
@@ -64,6 +67,13 @@ class Slabs:
         """Commit: the other buffer is w from now on, and the model's parameters are read-only views of it."""
         self.current = 1 - self.current
         self.layout.point(self._views[self.current])
+
+
+def _aligned(nbytes: int) -> Flat:
+    """Private memory, zeroed, that begins at a cache line as shared memory does."""
+    raw = np.zeros(nbytes + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + nbytes]
 
 
 def _read_only(flat: Flat) -> Flat:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from hashlib import blake2b
+from typing import Any, ClassVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
@@ -39,6 +40,9 @@ class Strategy(ABC):
         ValueError: the model belongs to another strategy, or the optimizer's parameters are not the model's.
     """
 
+    label: ClassVar[str]
+    """What messages call it: the class that users write, whichever variant of it runs."""
+
     def __init__(
         self,
         model: Module,
@@ -58,7 +62,7 @@ class Strategy(ABC):
         _check_free(model)
         _check_parameters(model, optimizer)
         # A duplicate, so that the user's own collectives can't come between ours.
-        self.comm = comm.duplicate(type(self).__name__)
+        self.comm = comm.duplicate(self.label)
         self._agree()
         _owners[model] = ref(self)
         self.updates = 0
@@ -224,17 +228,23 @@ class Strategy(ABC):
             )
 
     def _agree(self) -> None:
-        """See that all ranks have built the same: each applies its own rule to its own slice of the one w."""
+        """See that all ranks have built the same: each applies its own rule, to its own w or its slice of it.
+
+        Of p descriptions on p ranks p² would be unpickled, so they are exchanged only where their digests differ.
+        """
         mine = (self.layout.describe(), repr(self.model), _describe(self.optimizer, self.layout), self._options())
-        name = type(self).__name__
-        everybody = self.comm.all_gather_object((mine, self.model.init_seed), f"{name}(…)")
-        self._seed: int = everybody[0][1]
-        for rank, (theirs, _) in enumerate(everybody):
-            if theirs != everybody[0][0]:
-                raise CollectiveMismatch(
-                    f"rank {rank} has built another {name} than rank 0: {_difference(everybody[0][0], theirs)}. "
-                    "All ranks must build the same model, optimizer and strategy"
-                )
+        call = f"{self.label}(…)"
+        digest = int.from_bytes(blake2b(repr(mine).encode(), digest_size=7).digest())  # fits an int64
+        if len(set(self.comm.all_gather_int(digest, call))) > 1:
+            everybody = self.comm.all_gather_object(mine, call)
+            for rank, theirs in enumerate(everybody):
+                if theirs != everybody[0]:
+                    raise CollectiveMismatch(
+                        f"rank {rank} has built another {self.label} than rank 0: "
+                        f"{_difference(everybody[0], theirs)}. "
+                        "All ranks must build the same model, optimizer and strategy"
+                    )
+        self._seed: int = self.comm.broadcast_object(self.model.init_seed, 0, call)
 
 
 def _describe(optimizer: Optimizer, layout: Layout) -> tuple[Any, ...]:
