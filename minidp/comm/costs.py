@@ -11,6 +11,7 @@ seconds a byte reduced. Results are seconds. A test holds each formula equal to 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from minidp.comm.transfers import Schedule, chunk_bounds
 
@@ -66,6 +67,7 @@ ALL_REDUCE: dict[str, Formula] = {
 }
 
 
+@lru_cache(maxsize=4096)
 def fastest(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> str:
     """Name of the all-reduce with the least cost; of several, the first in `ALL_REDUCE`."""
     return min(ALL_REDUCE, key=lambda name: ALL_REDUCE[name](p, n, alpha, beta, gamma))

@@ -12,6 +12,7 @@ of `waves`: the same arithmetic, a wave of messages at a time, with all links ta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -168,7 +169,12 @@ class Meeting:
             schedule, _, op = self.payloads[0]
             root = self.movement.root if self.movement else 0
             with np.errstate(all="ignore"):  # as on the ranks: NaN and infinity are looked for, not stumbled over
-                combine(schedule, root, [self.payloads[i].flat for i in range(group.size)], op)
+                try:
+                    combine(schedule, root, [self.payloads[i].flat for i in range(group.size)], op)
+                except Exception as error:  # such as a sum of what can't be added: theirs, not the loop's
+                    for task in self.tasks.values():
+                        task.fail(copy(error))
+                    return
         if self.movement is None:  # headers alone
             self._finish(self.start + (group.venue.cluster.latency_s if group.size > 1 else 0.0))
         elif group.size <= EVENTS_UP_TO:
@@ -274,7 +280,8 @@ def by_waves(group: Group, free: Floats, movement: Movement, start: float, gamma
     """When the movement ends that begins at ``start``; ``free``, when each link becomes free, is changed in place.
 
     Equal to the messages as events, to the bit, if no others are under way, and, where ranks share links before
-    the last one, if no rank sends several messages in one step.
+    the last one, if no rank sends several messages in one step. Not on a `Ring` where messages hop: there one may
+    start from a link in which another, as an event, has taken its place ahead of time.
     """
     name, root, length, itemsize = movement
     p = group.size

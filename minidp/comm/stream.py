@@ -20,6 +20,8 @@ class Stream:
         self.task = Task(venue.loop, rank, self._run, name)
         venue.streams.append(self.task)
         self.last: Running | None = None
+        self.failed: list[Running] = []
+        """Works whose error nobody has seen."""
         self._queue: deque[Running] = deque()
         self._idle = True
 
@@ -63,6 +65,7 @@ class Running(Work):
                     self._value = self._run()
         except Exception as error:
             self._error = error
+            self._stream.failed.append(self)
         self._done, self._ended = True, self._stream.task.clock
         for task in self._waiters:
             task.wake(self._ended)
@@ -71,6 +74,8 @@ class Running(Work):
     def wait(self) -> Any:
         self.settle()
         if self._error is not None:
+            if self in self._stream.failed:
+                self._stream.failed.remove(self)
             raise self._error
         return self._value
 

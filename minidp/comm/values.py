@@ -50,6 +50,8 @@ def order_of_sum(name: str, world_size: int) -> tuple[int, tuple[Sum, ...]]:
     A sum's terms are the values that those ranks hold at that moment. All ranks end with equal bits, so one
     rank's way to them is enough; no value that it needs is used twice.
     """
+    if name == "direct":  # p² entries, of which one rank's p − 1 say it all
+        return 0, ((0, tuple(range(world_size))),)
     wanted = {0}  # ranks whose value is needed
     sums: list[Sum] = []
     for step in reversed(list(waves(name, world_size))):
@@ -80,7 +82,8 @@ def _all_reduce(name: str, arrays: Sequence[Array], op: ReduceOp) -> None:
         return
     if name != "ring":
         total = _evaluate(name, list(arrays), op)
-        finish(total, op, p)
+        if name != "direct":
+            finish(total, op, p)
         _give(total, arrays)
     elif n * arrays[0].itemsize < _SMALL * p:
         # Chunk c comes about as chunk 0 does, all ranks moved on by c.
@@ -104,7 +107,8 @@ def _evaluate(name: str, values: list[Array], op: ReduceOp) -> Array:
         # What has arrived is still in the cache, the rank's own value is not: the sum replaces the former.
         arrived = next(term for term in terms if term != rank) if len(terms) == 2 else terms[0]
         out = values[arrived]
-        fold([values[term] for term in terms], op, out)
+        # Halves that arrive all at once are averaged before they are rounded, as in the process world.
+        fold([values[term] for term in terms], op, out, divide=name == "direct")
         values[rank] = out
     return values[last]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from greenlet import getcurrent
+from greenlet import GreenletExit, getcurrent
 
 from minidp.comm.board import name_places
 from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed
@@ -15,6 +17,7 @@ from minidp.sim.loop import Loop, Task
 from minidp.sim.network import Network
 
 _PATIENCE = 100  # how often a rank may come back to a world that has failed before it is ended
+_undying: list[Task] = []  # tasks that catch even that, kept: who collects them would wake them
 
 
 class Venue:
@@ -35,6 +38,7 @@ class Venue:
         """In the order in which it happened."""
         self._news: CommError | None = None
         self._refused: dict[int, int] = {}
+        self._over = False
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> None:
         """Run a function on every rank. Afterwards each rank is in ``returned`` or in ``raised``."""
@@ -51,20 +55,31 @@ class Venue:
         except _Hopeless:
             pass
         finally:
+            self._over = True
             self._news = self._news or CommError("the run has ended")
             for task in (*self.ranks, *self.streams):
-                task.stop()
+                with suppress(_Hopeless):
+                    task.stop()
+                if not task.dead:
+                    _undying.append(task)
 
     def _life(self, rank: int, function: Callable[[], Any]) -> None:
         try:
             value = function()
-        except (Exception, SystemExit) as error:
-            self.raised.append((rank, error))
-            text = f"rank {rank} of {self.world_size} raised {type(error).__name__}: {error}"
-            self._tell(RankFailed(text, rank))
+        except (Exception, SystemExit, GreenletExit) as error:
+            if self._over and isinstance(error, GreenletExit):
+                raise
+            # The others learn of it when their clocks are there: of two failures the earlier one is the first.
+            self.ranks[rank].catch_up()
+            self.loop.at(max(self.loop.now, self.ranks[rank].clock), partial(self._failed, rank, error))
         else:
             self.ranks[rank].catch_up()
             self.returned[rank] = value
+
+    def _failed(self, rank: int, error: BaseException) -> None:
+        self.raised.append((rank, error))
+        text = f"rank {rank} of {self.world_size} raised {type(error).__name__}: {error}"
+        self._tell(RankFailed(text, rank))
 
     # -- for communicators -------------------------------------------------------------------------------
 
@@ -95,7 +110,9 @@ class Venue:
         assert self._news is not None
         self._refused[rank] = self._refused.get(rank, 0) + 1
         if self._refused[rank] > _PATIENCE:
-            self.loop.hub.throw(_Hopeless(f"rank {rank} goes on for ever in a world that has failed"))
+            text = f"rank {rank} goes on for ever in a world that has failed: {self._news}"
+            self.raised.append((rank, CommError(text)))
+            self.loop.hub.throw(_Hopeless(text))
         raise self._copy_of_news()
 
     def _copy_of_news(self) -> CommError:

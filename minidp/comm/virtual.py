@@ -51,6 +51,7 @@ class VirtualCommunicator(Communicator):
         self.traffic = traffic
         self._sequence = 0
         self._header = ""
+        self._headers: dict[Any, str] = {}  # made once: to format one takes longer than to compare it
         self._stream: Stream | None = None
         self._children: list[VirtualCommunicator] = []
         self._closed = False
@@ -144,12 +145,21 @@ class VirtualCommunicator(Communicator):
         check_op(op, x.dtype)
         if async_op or algorithm is not None:
             return super().all_reduce(x, op, algorithm, async_op=async_op)
-        self._begin("all_reduce", x, op.value)
+        self.run_all()
+        self._check_open()
+        key = x.dtype, x.shape, op
+        header = self._headers.get(key)
+        if header is None:
+            header = self._headers[key] = f"all_reduce {x.dtype} {x.shape}, {op.value}"
+        self._header = header
         cluster = self._venue.cluster
         alpha, beta, gamma = cluster.latency_s, cluster.seconds_per_byte, cluster.reduce_seconds_per_byte
-        with execute.contiguous(x) as flat:
-            fastest = costs.fastest(self.world_size, flat.nbytes, alpha, beta, gamma)
-            self._collective("direct", fastest, flat, op)
+        fastest = costs.fastest(self.world_size, x.nbytes, alpha, beta, gamma)
+        if x.ndim == 1 and x.flags.c_contiguous:
+            self._collective("direct", fastest, x, op)
+        else:
+            with execute.contiguous(x) as flat:
+                self._collective("direct", fastest, flat, op)
         return None
 
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
@@ -227,6 +237,8 @@ class VirtualCommunicator(Communicator):
         stream = self._stream
         if stream is not None and stream.last is not None and getcurrent() is not stream.task:
             stream.last.settle()
+            if stream.failed:  # what nobody has waited for may not fail in silence
+                stream.failed[0].wait()
 
     def _check(self, x: Array, writes: bool = False) -> None:
         self._check_open()

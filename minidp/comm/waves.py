@@ -49,17 +49,18 @@ def _shift(p: int, by: int) -> Pattern:
 
 
 @lru_cache(maxsize=256)
-def _exchange(p: int, distance: int) -> Pattern:
+def _exchange(p: int, distance: int, world_size: int) -> Pattern:
     """The first ``p`` ranks in pairs, both ways."""
-    ranks = np.arange(p)
-    return Pattern(ranks, ranks ^ distance)
+    src = np.arange(p)
+    src = src[np.argsort(((src ^ distance) - src) % world_size, kind="stable")]
+    return Pattern(src, src ^ distance)
 
 
 @lru_cache(maxsize=256)
 def _tree(p: int, root: int, step: int) -> Pattern:
     """From those who have it to as many who do not: step ``step`` of a broadcast from ``root``."""
-    i = np.arange(min(2**step, p - 2**step))
-    return Pattern((root + i) % p, (root + i + 2**step) % p)
+    src = np.sort((root + np.arange(min(2**step, p - 2**step))) % p)
+    return Pattern(src, (src + 2**step) % p)
 
 
 @lru_cache(maxsize=256)
@@ -131,22 +132,23 @@ def _binomial_tree(p: int, root: int = 0) -> Steps:
 
 def _recursive_doubling(p: int, root: int = 0) -> Steps:
     half = 2 ** _log2_floor(p)
-    core = ([_whole(_exchange(half, 2**k), True)] for k in range(_log2_floor(p)))
+    core = ([_whole(_exchange(half, 2**k, p), True)] for k in range(_log2_floor(p)))
     yield from _folded(p, 1, core)
 
 
 def _halving_doubling(p: int, root: int = 0) -> Steps:
     half = 2 ** _log2_floor(p)
-    yield from _folded(p, half, _halvings_and_doublings(half))
+    yield from _folded(p, half, _halvings_and_doublings(half, p))
 
 
-def _halvings_and_doublings(p: int) -> Steps:
-    ranks, steps = np.arange(p), _log2_floor(p)
+def _halvings_and_doublings(p: int, world_size: int) -> Steps:
+    steps = _log2_floor(p)
     for step in range(2 * steps):
         halving = step < steps
         d = p >> (step + 1) if halving else 1 << (step - steps)
-        block = (ranks ^ d if halving else ranks) // d * d
-        yield [Wave(_exchange(p, d), block, block + d, halving)]
+        on = _exchange(p, d, world_size)
+        block = (on.dst if halving else on.src) // d * d
+        yield [Wave(on, block, block + d, halving)]
 
 
 def _folded(p: int, chunks: int, core: Steps) -> Steps:

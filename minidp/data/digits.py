@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib import import_module
 
 import numpy as np
@@ -23,11 +24,17 @@ def load_digits() -> tuple[ArrayDataset, ArrayDataset]:
     The split is fixed: a random sample, stratified by class and seeded. It is not writer-disjoint: both
     parts come from the same 13 writers, so test accuracy is that for known hands, higher than for new ones.
     """
-    with np.load(PATH) as stored:
-        images, labels, in_test = stored["images"], stored["labels"], stored["in_test"]
+    images, labels, in_test = _stored()
     x = images.astype(np.float32) / np.float32(16)
     y = labels.astype(np.int64)
     return ArrayDataset(x[~in_test], y[~in_test]), ArrayDataset(x[in_test], y[in_test])
+
+
+@lru_cache(maxsize=1)
+def _stored() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the file holds; read once, since a thousand virtual ranks may ask."""
+    with np.load(PATH) as stored:
+        return stored["images"], stored["labels"], stored["in_test"]
 
 
 def stratified_split(labels: np.ndarray, test_samples: int, seed: int = 0) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import threadpoolctl
@@ -30,11 +32,22 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
     post = PostOffice(venue, ranks)
     lives = [_life(function, VirtualCommunicator(group, post, rank, Traffic())) for rank in ranks]
     # One thread whatever was set: how BLAS cuts a sum over threads changes its bits.
-    with threadpoolctl.threadpool_limits(1, user_api="blas"), watching(venue, timeout_s):
+    with threadpoolctl.threadpool_limits(1, user_api="blas"), watching(venue, timeout_s), _few_collections():
         venue.run(lives)
     if venue.raised:
         raise _failure(*venue.raised[0], world_size)
     return [venue.returned[rank] for rank in ranks]
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """A thousand ranks hold millions of objects: to look through them all for garbage costs 5 % of a step."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _life(function: bytes, comm: VirtualCommunicator) -> Callable[[], Any]:

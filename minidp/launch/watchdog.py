@@ -9,6 +9,7 @@ raises.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from minidp.comm.venue import Venue
 from minidp.sim.loop import Task
 
 _SIGNAL = signal.SIGURG  # ignored unless somebody asks for it
+_LIBRARY = os.path.dirname(threading.__file__)
 _IDLE = 0.05  # share of its time that a thread may compute and still count as blocked
 
 
@@ -68,4 +70,11 @@ def _watch(venue: Venue, timeout_s: float, thread: int, over: threading.Event) -
 
 
 def _place(frame: FrameType | None) -> str:
+    # Who called the standard library says more than the line there: a queue waits in threading.py.
+    while frame is not None and frame.f_back is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
     return "at an unknown place" if frame is None else f"at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARY) and "site-packages" not in file

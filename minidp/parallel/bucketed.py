@@ -29,7 +29,7 @@ from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.slabs import Flat, Slabs
 
-VOID = -1  # in place of n_i: this rank has discarded what had left
+VOID = -(2**62)  # in place of n_i: this rank has discarded what had left; no sum of sizes makes up for it
 KINDS = (0.0, math.nan, math.inf, -math.inf)  # by index: a number that is said in an integer
 
 
@@ -152,10 +152,10 @@ class BucketedDataParallel(DataParallel):
             count = self._count(samples)
             for work in self._left:
                 work.wait()
-            counts: list[int] = count.wait()
+            total: int = sum(count.wait())
             self._left.clear()
-            if VOID not in counts:
-                return sum(counts)
+            if total >= 0:
+                return total
 
     def _raise_found(self, element: int, value: float) -> None:
         """All ranks see the same sum, so all come here: who brought it? Collective."""
