@@ -41,6 +41,7 @@ THIRD_PARTY = {
     "nn": {"safetensors"},
     "launch": {"cloudpickle", "greenlet", "multiprocessing_logging", "rich", "threadpoolctl"},
     "demo": {"rich"},
+    "plan": {"matplotlib", "rich"},
     "bench": {"rich", "threadpoolctl", "torch", "mpi4py"},
 }
 LONGEST = 320

@@ -35,8 +35,8 @@ class Collective(NamedTuple):
     """A meeting of all ranks.
 
     ``schedule`` "" carries no bytes, "all_reduce" is the fastest by the cost model, others are names of
-    ``schedules``. It moves an array of ``length · p^scale`` elements of ``itemsize`` bytes. With a ``stream`` it goes
-    on by itself, after what that stream was given before, and a `Wait` ends it.
+    ``schedules``. It moves an array of ``length · p^scale`` elements of ``itemsize`` bytes. With a ``stream`` it
+    goes on by itself, after what that stream was given before, and a `Wait` ends it.
     """
 
     schedule: str
@@ -48,16 +48,17 @@ class Collective(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Wait for what has been begun on a stream, up to its ``count``-th collective of the run (from 1)."""
+    """Wait for what has been begun on a stream, up to its ``nth`` collective of the script (from 1)."""
 
     stream: int
-    count: int
+    nth: int
 
 
 Entry = Compute | Collective | Wait
 Script = list[Entry]
 
-_SCALES = {"all_gather": 1, "gather": 1, "scatter": 1, "all_to_all": 2}  # 0: the array does not grow with the ranks
+# By which power of the number of ranks the array of a schedule grows; others: not at all.
+_SCALES = {"all_gather": 1, "gather": 1, "scatter": 1, "all_to_all": 2}
 
 
 class Tape:
@@ -141,7 +142,8 @@ class Rehearsal(Communicator):
     def post_send(self, x: Array, dst: int, tag: int) -> Work:
         raise NotImplementedError("a rehearsal has no peers: messages from rank to rank can't be rehearsed")
 
-    post_recv = post_send
+    def post_recv(self, x: Array, src: int, tag: int) -> Work:
+        return self.post_send(x, src, tag)
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
         self._note("")

@@ -22,7 +22,6 @@ from minidp.comm.post import PostOffice
 from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
 from minidp.comm.stream import Stream
 from minidp.comm.traffic import Traffic
-from minidp.comm.venue import Venue
 from minidp.comm.work import Work
 
 Array = npt.NDArray[Any]

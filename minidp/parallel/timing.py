@@ -1,9 +1,9 @@
 """How long steps take on a big machine: the communication of a strategy, replayed without arrays.
 
-A step is a script: what a rank computes, what it begins, what it waits for. `rehearse` writes down the step of a real
-strategy and model; `described_step` makes one from the sizes of layers. `replay` runs it on any number of ranks, all
-at once: clocks are a vector, a step of a schedule is a few vector operations. Tests hold the clocks equal to those of
-the virtual world, where the same strategy runs rank by rank.
+A step is a script: what a rank computes, what it begins, what it waits for. `rehearse` writes down the step of a
+real strategy and model; `described_step` makes one from the sizes of layers. `replay` runs it on any number of
+ranks, all at once: clocks are a vector, a step of a schedule is a few vector operations. Tests hold the clocks
+equal to those of the virtual world, where the same strategy runs rank by rank.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class Timing:
         return self.compute_s / self.step_s
 
 
-def rehearse(
-    build: Callable[[Communicator], Strategy], x: Any, y: Any, loss_fn: Callable[..., Any]
-) -> Script:
+def rehearse(build: Callable[[Communicator], Strategy], x: Any, y: Any, loss_fn: Callable[..., Any]) -> Script:
     """Write down one step of the strategy that ``build(comm)`` makes, with a batch (x, y) on each rank.
 
     ``build`` makes model, optimizer and strategy. Two steps are made here, in real time and memory, and the second
@@ -104,8 +102,8 @@ def described_step(
 def replay(script: Script, cluster: Cluster, world_size: int, steps: int = 1) -> Timing:
     """Run a script ``steps`` times on each of ``world_size`` ranks of the cluster.
 
-    Equal to the virtual world, to the bit, for up to 64 ranks; beyond that to rounding (1e-12), since the time of a
-    collective that finds an idle network is computed once for each size. Cost: per distinct collective its
+    Equal to the virtual world, to the bit, for up to 64 ranks; beyond that to rounding (1e-12), since the time of
+    a collective that finds an idle network is computed once for each size. Cost: per distinct collective its
     schedule's steps, a few vector operations each; 10 000 ranks take seconds.
 
     Raises ValueError if the ranks do not fit into the cluster.
@@ -149,7 +147,7 @@ class _Clocks:
                     self._factor = self._slowness * np.array([jitter.next() for jitter in self._jitters])
             self.now = self.now + self.cluster.compute_s(*entry) * self._factor
         elif isinstance(entry, Wait):
-            self._waited(self._ends[entry.stream][entry.count - 1])
+            self._waited(self._ends[entry.stream][entry.nth - 1])
         elif entry.stream is None:
             self._waited(self._end(entry, float(self.now.max())))
         else:

@@ -1,0 +1,1 @@
+"""``python -m minidp.plan``: how far does a model scale on machines that one does not have?"""
