@@ -114,28 +114,31 @@ def generator(seed: int, *key: int | str) -> np.random.Generator:
 
 
 class Meter:
-    """Counts what was computed: `operations` (applications of a Function, each way) and `flops` (estimated).
+    """Counts what was computed: `operations`, `flops` (floating-point operations) and `nbytes` (memory traffic).
 
-    The virtual world turns both into time; notebooks and benches print them.
+    An operation is an application of a Function, each way, or an update. Traffic is bytes of arrays read and
+    written; it and FLOPs are estimated from shapes. The virtual world turns the three into time.
     """
 
-    __slots__ = ("flops", "operations", "outer")
+    __slots__ = ("flops", "nbytes", "operations", "outer")
 
     def __init__(self, outer: Meter | None = None) -> None:
         self.operations: int = 0
         self.flops: float = 0.0
+        self.nbytes: float = 0.0
         self.outer = outer
 
-    def count(self, flops: float = 0.0) -> None:
-        """Add one operation of `flops` floating-point operations, here and on each enclosing meter."""
+    def count(self, flops: float = 0.0, nbytes: float = 0.0) -> None:
+        """Add one operation: `flops`, and `nbytes` bytes read and written; here and on each enclosing meter."""
         m: Meter | None = self
         while m is not None:
             m.operations += 1
             m.flops += flops
+            m.nbytes += nbytes
             m = m.outer
 
     def __repr__(self) -> str:
-        return f"Meter(operations={self.operations}, flops={self.flops:g})"
+        return f"Meter(operations={self.operations}, flops={self.flops:g}, nbytes={self.nbytes:g})"
 
 
 _meter: ContextVar[Meter | None] = ContextVar("minidp_meter", default=None)
@@ -153,8 +156,8 @@ def meter() -> Iterator[Meter]:
         _meter.reset(token)
 
 
-def count(flops: float = 0.0) -> None:
-    """Tell the current meter, if there is one, of one operation of `flops` floating-point operations."""
+def count(flops: float = 0.0, nbytes: float = 0.0) -> None:
+    """Tell the current meter, if there is one, of one operation: `flops`, and `nbytes` bytes read and written."""
     m = _meter.get()
     if m is not None:
-        m.count(flops)
+        m.count(flops, nbytes)

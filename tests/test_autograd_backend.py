@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -103,6 +104,60 @@ def test_estimates_of_flops(function, inputs, forward, backward):
     assert m.flops == backward
 
 
+@pytest.mark.parametrize(
+    ("function", "inputs", "forward", "backward"),  # in elements: a is (5, 4)
+    [
+        (F.relu, [(5, 4)], 40, 60),  # by default: inputs and output; gradient, inputs and their gradients
+        (lambda a, b: a * b, [(5, 4), (4,)], 44, 44 + 24),
+        (lambda a: 2 / a, [(5, 4)], 40, 60),
+        (lambda a, b: a + b, [(5, 4), (5, 4)], 60, 0),  # the gradient is handed on
+        (lambda a, b: a + b, [(5, 4), (4,)], 44, 24),  # a sum over the rows
+        (lambda a, b: a - b, [(5, 4), (4,)], 44, 24 + 40),
+        (lambda a, b: a @ b, [(5, 4), (4, 3)], 20 + 12 + 15, 2 * (20 + 12 + 15)),
+        (lambda a: a.reshape(4, 5), [(5, 4)], 0, 0),
+        (lambda a: F.flatten(a), [(5, 2, 2)], 0, 0),
+        (lambda a: a.T, [(5, 4)], 0, 0),
+        (lambda a: a[1:3], [(5, 4)], 16, 20 + 24),
+        (lambda a: a.sum(), [(5, 4)], 21, 0),
+        (lambda a: a.mean(axis=0), [(5, 4)], 24, 8),
+        (lambda a: F.cross_entropy(a, np.zeros(5, int)), [(5, 4)], 160, 40),
+        (lambda a, b: F.mse_loss(a, b), [(5, 4), (5, 4)], 120, 80),
+        (lambda a: F.softmax(a), [(5, 4)], 160, 180),
+        (lambda a: F.log_softmax(a), [(5, 4)], 160, 160),
+        (lambda a: F.gelu(a), [(5, 4)], 1200, 60),
+        (lambda a: F.dropout(a, 0.5, key=(0,)), [(5, 4)], 160, 60),
+        (lambda a, b, c: F.linear(a, b, c), [(5, 4), (3, 4), (3,)], 47 + 33, 94 + 18),
+        (lambda a, b: F.linear(a, b), [(5, 4), (3, 4)], 47, 94),
+    ],
+)
+def test_estimates_of_memory_traffic(function, inputs, forward, backward):
+    for dtype, itemsize in ((np.float32, 4), (np.float64, 8)):
+        tensors = [Tensor(np.ones(shape, dtype), requires_grad=True) for shape in inputs]
+        with backend.meter() as m:
+            out = function(*tensors)
+        assert m.nbytes == forward * itemsize
+        with backend.meter() as m:
+            out.backward(np.ones(out.shape, dtype))
+        assert m.nbytes == backward * itemsize
+
+
+def test_only_gradients_that_are_needed_are_traffic():
+    x, w = np.ones((5, 3)), Tensor(np.ones((7, 3)), requires_grad=True)
+    with backend.meter() as m:
+        F.linear(x, w).backward(np.ones((5, 7)))
+    assert m.nbytes == 2 * 8 * (15 + 21 + 35)
+    with backend.meter() as m:
+        (w * np.ones((7, 3))).backward(np.ones((7, 3)))
+    assert m.nbytes == 8 * 21 * (3 + 4)
+
+
+def test_exact_fractions_are_metered_like_everything_else():
+    x = Tensor(np.array([[Fraction(1, 3), Fraction(2)]], dtype=object), requires_grad=True)
+    with backend.meter() as m:
+        (2 * x + 1).sum().backward()
+    assert (m.operations, m.nbytes) == (6, 8 * ((4 + 4 + 3) + (0 + 0 + 6)))
+
+
 def test_meters_nest_and_end_with_their_block():
     assert backend.current_meter() is None
     with backend.meter() as outer:
@@ -111,10 +166,11 @@ def test_meters_nest_and_end_with_their_block():
             backend.count(10)
             raise KeyError
         assert backend.current_meter() is outer
-        backend.count(100)
-    assert (inner.operations, inner.flops) == (1, 10)
-    assert (outer.operations, outer.flops) == (3, 111)
+        backend.count(100, 7)
+        backend.count(nbytes=1)
+    assert (inner.operations, inner.flops, inner.nbytes) == (1, 10, 0)
+    assert (outer.operations, outer.flops, outer.nbytes) == (4, 111, 8)
     assert backend.current_meter() is None
-    backend.count(5)
-    assert outer.flops == 111
-    assert repr(inner) == "Meter(operations=1, flops=10)"
+    backend.count(5, 5)
+    assert (outer.flops, outer.nbytes) == (111, 8)
+    assert repr(outer) == "Meter(operations=4, flops=111, nbytes=8)"

@@ -8,7 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minidp import nn, optim
+from minidp import backend, nn, optim, parallel
+from minidp.comm import comm_self
+from minidp.nn import functional as F
 
 RULES = [
     ("SGD", {}),
@@ -199,6 +201,32 @@ def test_float32_is_not_widened_by_a_numpy_learning_rate():
         assert p.numpy().tobytes() == q.numpy().tobytes()
 
 
+@pytest.mark.parametrize(
+    ("rule", "hyper", "flops", "passes"),  # an element
+    [
+        ("SGD", {}, 2, 3),  # w and g read, w written
+        ("SGD", {"momentum": 0.9}, 4, 5),
+        ("Adam", {}, 12, 7),
+        ("AdamW", {}, 13, 7),
+    ],
+)
+def test_updates_are_metered(rule, hyper, flops, passes):
+    params = [nn.Parameter(np.zeros((4, 3), np.float32)), nn.Parameter(np.zeros(5)), nn.Parameter(np.zeros(2))]
+    optimizer = make(rule, params, **hyper)
+    for p in params[:2]:
+        p.grad = np.ones(p.shape)
+    with backend.meter() as m:
+        optimizer.step()
+    assert (m.operations, m.flops, m.nbytes) == (
+        2,
+        flops * 17,
+        passes * (12 * 4 + 5 * 8),
+    )  # the third has no gradient
+    with backend.meter() as m:
+        optimizer.count_update(10, 2)
+    assert (m.operations, m.flops, m.nbytes) == (1, flops * 10, passes * 20)
+
+
 # ── groups and errors ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -285,3 +313,16 @@ def test_two_ranks_write_their_optimizers_alike():
         "Adam(1 parameters, lr=Cosine(lr=0.1, steps=5, final_lr=0.0, warmup_steps=0), "
         "betas=(0.9, 0.999), eps=1e-08, weight_decay=0)"
     )
+
+
+@pytest.mark.parametrize("strategy", [parallel.DataParallel, parallel.NaiveDataParallel])
+def test_strategies_meter_the_updates_that_they_make(strategy):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), seed=0)
+    trainer = strategy(model, optim.Adam(model.parameters()), comm_self())
+    x, y = np.ones((3, 16), np.float32), np.zeros((3, 16), np.float32)
+    trainer.forward_backward(x, y, F.mse_loss)
+    with backend.meter() as m:
+        trainer.step()
+    size = 2 * (16 * 16 + 16)  # no padding: each parameter fills whole cache lines
+    calls = 1 if strategy is parallel.DataParallel else 4
+    assert (m.operations, m.flops, m.nbytes) == (calls, 12 * size, 7 * 4 * size)

@@ -36,7 +36,7 @@ def backward(root: Tensor, gradient: Any = None) -> None:
         inputs = fn.inputs
         assert inputs is not None
         if meter is not None:
-            meter.count(fn.flops(grad, *inputs)[1])
+            meter.count(fn.flops(grad, *inputs)[1], fn.traffic(grad, *inputs)[1])
         if type(results) is not tuple:
             results = (results,)
         for needed, tensor, g in zip(fn.needs, inputs, results):

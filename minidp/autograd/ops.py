@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from minidp.autograd.function import Function
+from minidp.autograd.function import Function, nbytes_of
 from minidp.backend import Array
 
 # ── elementwise, two inputs ─────────────────────────────────────────────────────────────────────────────
@@ -25,6 +25,10 @@ class Add(Function):
             self.fit(1, grad) if self.needs[1] else None,
         )
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        forward = out.nbytes + nbytes_of(inputs[0]) + nbytes_of(inputs[1])
+        return forward, _handed_on(out, inputs, self.needs)
+
 
 class Sub(Function):
     def forward(self, a: Array, b: Array) -> Array:
@@ -35,6 +39,19 @@ class Sub(Function):
             self.fit(0, grad) if self.needs[0] else None,
             self.fit(1, -grad) if self.needs[1] else None,
         )
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        forward = out.nbytes + nbytes_of(inputs[0]) + nbytes_of(inputs[1])
+        return forward, _handed_on(out, inputs, self.needs) + 2 * out.nbytes * self.needs[1]  # −grad
+
+
+def _handed_on(grad: Array, inputs: tuple[Any, ...], needs: list[bool]) -> int:
+    """Bytes that move when `grad` becomes the inputs' gradients as it is: none, unless broadcasting is undone."""
+    whole, moved = grad.nbytes, 0
+    for x, needed in zip(inputs, needs):
+        if needed and (size := nbytes_of(x)) != whole:
+            moved += whole + size
+    return moved
 
 
 class Mul(Function):
@@ -158,6 +175,10 @@ class MatMul(Function):
         k = inputs[0].shape[-1]
         return 2.0 * out.size * k, 2.0 * out.size * k * sum(self.needs)
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        product = out.nbytes + nbytes_of(inputs[0]) + nbytes_of(inputs[1])  # of each: two are read, one written
+        return product, product * sum(self.needs)
+
 
 # ── reductions ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,6 +199,9 @@ class Sum(Function):
         shape, axis = self.saved
         return self.xp.broadcast_to(grad.reshape(_kept(shape, axis)), shape)
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return out.nbytes + nbytes_of(inputs[0]), 0  # backward makes a view
+
 
 class Mean(Function):
     def forward(self, a: Array, axis: Any = None, keepdims: bool = False) -> Array:
@@ -191,6 +215,9 @@ class Mean(Function):
         kept = _kept(shape, axis)
         count = math.prod(n for n, k in zip(shape, kept) if k == 1)
         return self.xp.broadcast_to(grad.reshape(kept) / max(count, 1), shape)
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return out.nbytes + nbytes_of(inputs[0]), 2 * out.nbytes  # divided before it is broadcast
 
 
 class Max(Function):
@@ -218,6 +245,9 @@ class Reshape(Function):
     def backward(self, grad: Array) -> Any:
         return grad.reshape(self.saved)
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 0, 0  # a view; a copy, where the array is not contiguous, is rare and not counted
+
 
 class Flatten(Function):
     """Merge the axes from `start_dim` on: (n, c, h, w) → (n, c·h·w) for start_dim=1; n may be 0."""
@@ -228,6 +258,9 @@ class Flatten(Function):
 
     def backward(self, grad: Array) -> Any:
         return grad.reshape(self.saved)
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 0, 0  # a view
 
 
 class Transpose(Function):
@@ -244,6 +277,9 @@ class Transpose(Function):
             inverse[axis] = i
         return grad.transpose(inverse)
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 0, 0  # a view
+
 
 class GetItem(Function):
     fresh = True
@@ -257,3 +293,6 @@ class GetItem(Function):
         out = self.xp.zeros(shape, dtype=grad.dtype)
         self.xp.add.at(out, index, grad)  # adds where an index occurs twice; out[index] += grad would not
         return out
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 2 * out.nbytes, nbytes_of(inputs[0]) + 3 * out.nbytes  # what is picked; zeros, then added to

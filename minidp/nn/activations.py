@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from minidp.autograd.function import Function, rows
+from minidp.autograd.function import Function, nbytes_of, rows
 from minidp.backend import Array, asarray, generator
 from minidp.nn.normal import normal_tail
 
@@ -57,6 +57,14 @@ class Linear(Function):
         bias = float(out.size) * (len(inputs) == 3)
         return product + bias, product * sum(self.needs[:2]) + bias * sum(self.needs[2:])
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        y = out.nbytes
+        product = y + nbytes_of(inputs[0]) + nbytes_of(inputs[1])  # of each: two are read, one written
+        if len(inputs) == 2:
+            return product, product * sum(self.needs)
+        bias = nbytes_of(inputs[2])
+        return product + 2 * y + bias, product * sum(self.needs[:2]) + (y + bias) * self.needs[2]
+
 
 def zero_row(x: Array, xp: Any) -> Array:
     """A row of zeros to compare `x` with: maximum(x, 0) takes NumPy twice as long as maximum(x, row)."""
@@ -103,6 +111,9 @@ class GELU(Function):
         self.saved = slope.astype(dtype, copy=False)
         return y.astype(dtype, copy=False)
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 60 * out.nbytes, 3 * out.nbytes  # 26 to 30 steps forward, most of them one read and one write
+
     def exact(self, x: Array) -> tuple[Array, Array]:
         """x·Φ(x) = max(x, 0) − |x|·tail(|x|), and its derivative Φ(x) + x·φ(x), which is ½ + an odd function."""
         a = self.xp.abs(x)
@@ -144,6 +155,9 @@ class Dropout(Function):
     def backward(self, grad: Array) -> Any:
         return grad * self.saved
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 8 * out.nbytes, 3 * out.nbytes  # draw, compare, cast, scale, multiply
+
 
 class Softmax(Function):
     """exp(x_i) / Σ_j exp(x_j) along an axis, shifted by the largest x so that nothing overflows."""
@@ -160,6 +174,9 @@ class Softmax(Function):
         y, axis = self.saved
         return y * (grad - (grad * y).sum(axis=axis, keepdims=True))
 
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 8 * out.nbytes, 9 * out.nbytes  # max, subtract, exp, sum, divide; multiply, sum, subtract, multiply
+
 
 class LogSoftmax(Function):
     """x_i − log Σ_j exp(x_j) along an axis."""
@@ -175,3 +192,6 @@ class LogSoftmax(Function):
     def backward(self, grad: Array) -> Any:
         y, axis = self.saved
         return grad - self.xp.exp(y) * grad.sum(axis=axis, keepdims=True)
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 8 * out.nbytes, 8 * out.nbytes  # max, subtract, exp, sum, subtract; exp, sum, multiply, subtract

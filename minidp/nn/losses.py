@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minidp.autograd.function import Function
+from minidp.autograd.function import Function, nbytes_of
 from minidp.backend import Array, asarray, to_numpy
 
 
@@ -45,6 +45,10 @@ class CrossEntropy(Function):
 
     def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
         return 6.0 * inputs[0].size, 2.0 * inputs[0].size
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        logits = nbytes_of(inputs[0])
+        return 8 * logits, 2 * logits  # max, subtract, exp, sum, divide: 5 reads of all and 3 writes; p *= …
 
 
 def check_labels(logits: Array, labels: Array, xp: Any) -> Array:
@@ -95,3 +99,7 @@ class MSELoss(Function):
 
     def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
         return 3.0 * inputs[0].size, float(inputs[0].size * sum(self.needs))
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        size = nbytes_of(inputs[0])
+        return 6 * size, 2 * size * sum(self.needs)  # subtract, square, sum; one factor, one change of sign

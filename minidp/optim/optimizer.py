@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from minidp.backend import Array, array_module
+from minidp.backend import Array, array_module, current_meter
 from minidp.nn import Parameter
 
 LearningRate = float | Callable[[int], float]
@@ -30,6 +30,7 @@ class Optimizer:
 
     slots: tuple[str, ...] = ()  # the state arrays of the rule, by PyTorch's names
     scratch: int = 1  # number of work arrays, of the weights' length and dtype, that update wants
+    flops_per_element: int = 1  # of one update, for the meter
 
     def __init__(self, params: Iterable[Any], lr: LearningRate, **hyper: Any) -> None:
         self.defaults: dict[str, Any] = {"lr": lr, **hyper}
@@ -101,6 +102,16 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    def count_update(self, size: int, itemsize: int) -> None:
+        """Tell the meter, if there is one, of one call of `update` on `size` elements of `itemsize` bytes.
+
+        One operation; bytes: w and g read, w written, each state array read and written. Whoever calls `update`
+        calls this beside it, so that rules stay arithmetic alone. 0.1 µs when nobody measures.
+        """
+        meter = current_meter()
+        if meter is not None:
+            meter.count(float(self.flops_per_element * size), float((3 + 2 * len(self.slots)) * size * itemsize))
+
     def group_of(self, parameter: Parameter) -> int:
         """Return the index of the group that holds `parameter`; KeyError if none does."""
         try:
@@ -147,6 +158,7 @@ class Optimizer:
                         p.data, own["g"], own["state"], p.data, own["state"],
                         lr=hyper["lr"], t=own["t"], hyper=hyper, scratch=own["scratch"],
                     )  # fmt: skip
+                    self.count_update(p.data.size, p.data.dtype.itemsize)
                     own["t"] += 1
         self.updates += 1
 

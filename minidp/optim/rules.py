@@ -22,6 +22,8 @@ class SGD(Optimizer):
     with it: the "momentum correction" of Goyal et al. 2017 (section 3) is built in.
     """
 
+    flops_per_element = 2
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -33,6 +35,7 @@ class SGD(Optimizer):
         super().__init__(params, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
         if any(group["momentum"] for group in self.groups):
             self.slots = ("momentum_buffer",)
+            self.flops_per_element = 4
 
     def check(self, group: dict[str, Any]) -> None:
         if group["momentum"] < 0 or group["weight_decay"] < 0:
@@ -91,6 +94,7 @@ class Adam(Optimizer):
     """
 
     slots = ("exp_avg", "exp_avg_sq")
+    flops_per_element = 12
     decoupled = False  # True: AdamW
 
     def __init__(
@@ -158,6 +162,7 @@ class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019): w ← (1 − η λ) w − η m̂ / (√v̂ + ε)."""
 
     decoupled = True
+    flops_per_element = 13
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """The strategies: the only room where learning meets communication."""
 
+from minidp.parallel.balance import measure_speeds
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.naive import NaiveDataParallel
 from minidp.parallel.strategy import Strategy
 
-__all__ = ["DataParallel", "NaiveDataParallel", "NonFiniteGradient", "Strategy"]
+__all__ = ["DataParallel", "NaiveDataParallel", "NonFiniteGradient", "Strategy", "measure_speeds"]

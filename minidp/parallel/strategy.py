@@ -178,6 +178,11 @@ class Strategy(ABC):
         self._poison = RuntimeError("the strategy has been released")
 
     @property
+    def in_step(self) -> bool:
+        """Whether this rank has begun a step: there was a backward, or a failure, since the last one."""
+        return self._backwards > 0 or self._poison is not None
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Counts since construction: steps; bytes of gradients and parameters that this rank sent and received
         (``comm.traffic`` has all, the few bytes of n_i among them); staleness, 0 in a synchronous strategy."""
