@@ -40,7 +40,7 @@ _BLAS = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-_BUSY = 0.2  # of a core; less is the system itself, and hardly seen in the lower quartile of the bursts
+_BUSY = 0.2  # of a core; less is the system itself
 
 Matrix = npt.NDArray[np.float64]
 
@@ -63,8 +63,10 @@ def calibrate(seconds: float = 4.0, timeout_s: float = 60.0) -> Cluster:
     """Measure this machine: a cluster with a node for each core, as fast as a core is in training steps.
 
     A fresh process, and two workers of it, with one BLAS thread each, train small models for ``seconds`` and 1.5 s
-    besides. Keep the machine quiet meanwhile: what other programs take is taken for slowness (a busy machine is
-    told of in a warning of the logger ``minidp.sim``). The network is the shared memory between two workers: α is
+    besides. Each model counts with its fastest burst of steps, so this is the machine when it is quiet: if other
+    programs or guests of its host disturb, a step of two workers takes longer than predicted, by a third if it is
+    one of 100 µs. A core that is taken all the time can't be seen through: then a warning of the logger
+    ``minidp.sim`` says so. The network is the shared memory between two workers: α is
     what meeting twice costs, β what exchanging gradients costs over updating all of them alone. How more than two
     cores slow each other down is not measured. With one core, only computing is measured: a warning says so.
 

@@ -59,20 +59,21 @@ class Cluster:
         for name in ("nodes", "ranks_per_node"):
             object.__setattr__(self, name, _whole(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", _whole("seed", self.seed, 0))
+        # Floats: a float32 or a Decimal among them would spread to every clock.
         for name in ("flops", "bandwidth_bytes_per_s"):
-            _positive(name, getattr(self, name))
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("memory_bytes_per_s", "reduce_bytes_per_s", "local_bandwidth_bytes_per_s"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("latency_s", "local_latency_s", "op_overhead_s", "jitter"):
-            _not_negative(name, getattr(self, name))
+            object.__setattr__(self, name, _not_negative(name, getattr(self, name)))
         if not isinstance(self.stragglers, Mapping):
             raise ValueError(f"stragglers={self.stragglers!r}: give a mapping node → factor, such as {{3: 5.0}}")
         for node, factor in self.stragglers.items():
             if _whole("a straggler's node", node, 0) >= self.nodes:
                 raise ValueError(f"straggler {node} is beyond the cluster: its nodes are 0 to {self.nodes - 1}")
             _positive(f"the factor of straggler {node}", factor)
-        object.__setattr__(self, "stragglers", dict(self.stragglers))
+        object.__setattr__(self, "stragglers", {int(k): float(v) for k, v in self.stragglers.items()})
         object.__setattr__(self, "topology", make_topology(self.topology, self.nodes))
 
     # -- who lives where ---------------------------------------------------------------------------------
@@ -148,15 +149,17 @@ def _whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _positive(name: str, value: Any) -> None:
+def _positive(name: str, value: Any) -> float:
     if not _is_number(value) or not value > 0:
         raise ValueError(f"{name}={value!r}: give a positive number")
+    return float(value)
 
 
-def _not_negative(name: str, value: Any) -> None:
+def _not_negative(name: str, value: Any) -> float:
     if not _is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name}={value!r}: give a number that is finite and not negative")
+    return float(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)
+    return not isinstance(value, bool) and hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0

@@ -4,6 +4,8 @@ A message of n bytes takes a path of links. A link is a queue with a speed: what
 another, first come, first served, n·β seconds each. Bytes flow on while the message is still coming in
 (cut-through): on an idle path of latency α and even speed a message has arrived after α + nβ. When its first byte
 leaves the sender's port, a message takes its place in the queues of the rest of its path.
+Through a trunk, a link faster than ports, messages of several ports flow side by side, each no faster than a port:
+there only the work queues up, and a message is held back no longer than the trunk is behind with it.
 
     out-port of the sender's node → (links of the topology) → in-port of the receiver's node
 
@@ -35,7 +37,7 @@ Path = tuple[Hop, ...]
 
 
 class Stage(NamedTuple):
-    """One hop of many messages. Link −1: that message has arrived already."""
+    """One hop of many messages. Link −1: that message passes no link now."""
 
     links: Ints
     latency_s: Floats
@@ -107,13 +109,16 @@ class Network:
                 start = end
             free[link] = start
             return start + last_latency
-        latency = 0.0
+        latency, port = 0.0, path[0][2] if path else 0.0
         for i, (link, own_latency, beta) in enumerate(path):
             if i:
-                head = start + latency
+                head, tail = start + latency, end + latency
                 start = free[link] if free[link] > head else head
-                end = max(start + nbytes * beta, end + latency)
-                free[link] = end
+                end = start + nbytes * beta
+                free[link] = end if beta < port else max(end, tail)
+                if beta < port:  # a trunk
+                    start = max(head, end - nbytes * port)
+                end = max(end, tail)
             latency = own_latency
         return end + latency
 
@@ -129,7 +134,9 @@ class Network:
             paths = [self.path(s, d) for s, d in zip(src.tolist(), dst.tolist())]
             none = Hop(-1, 0.0, 0.0)
             length = max(map(len, paths), default=0)
-            rows = [zip(*(path[i] if i < len(path) else none for path in paths)) for i in range(length)]
+            # Shorter ones wait in the middle: so the links into nodes are passed last by all, in order.
+            paths = [(*path[:1], *[none] * (length - len(path)), *path[1:]) for path in paths]
+            rows = [zip(*(path[i] for path in paths)) for i in range(length)]
             columns = [(np.array(a), np.array(b, float), np.array(c, float)) for a, b, c in rows]
         return [Stage(*column, alone=_distinct(column[0])) for column in columns]
 
@@ -148,16 +155,17 @@ class Network:
         start = end = np.full(len(nbytes), time_s)
         latency: Floats | float = 0.0
         left = start  # when first bytes leave their port: in that order messages queue up behind it
+        port = route[0].seconds_per_byte if route else 0.0
         for i, (links, own_latency, beta, alone) in enumerate(route):
-            head, tail, takes = start + latency, end + latency, nbytes * beta
-            if alone:
+            head, tail, takes, trunk = start + latency, end + latency, nbytes * beta, beta < port
+            if alone and not trunk.any():
                 start = np.maximum(head, free[links])
                 end = np.maximum(start + takes, tail)
                 free[links] = end
             else:
                 start, end = head, tail
                 order = np.argsort(left, kind="stable").tolist() if i else range(len(nbytes))
-                _one_by_one(free, links, start, end, takes, order)
+                _one_by_one(free, links, start, end, takes, np.where(trunk, nbytes * port, 0.0), order)
             if i == 0:
                 left = start
             latency = own_latency
@@ -170,11 +178,20 @@ def _distinct(links: Ints) -> bool:
 
 
 def _one_by_one(
-    free: Floats, links: Ints, start: Floats, end: Floats, takes: Floats, order: Iterable[int]
+    free: Floats, links: Ints, start: Floats, end: Floats, takes: Floats, flows: Floats, order: Iterable[int]
 ) -> None:
-    """Pass messages through links that some of them share: ``start`` and ``end`` are changed in place."""
+    """Pass messages through links that some of them share: ``start`` and ``end`` are changed in place.
+
+    Through a trunk a message ``flows`` longer than it ``takes``; elsewhere ``flows`` is 0.
+    """
     for m in order:
         link = links[m]
         if link >= 0:
-            start[m] = max(start[m], free[link])
-            end[m] = free[link] = max(start[m] + takes[m], end[m])
+            begin = max(start[m], free[link])
+            done = begin + takes[m]
+            if flows[m]:
+                free[link] = done
+                start[m] = max(start[m], done - flows[m])
+            else:
+                start[m], free[link] = begin, max(done, end[m])
+            end[m] = max(done, end[m])

@@ -14,6 +14,7 @@ Links 0 … nodes−1 are what leaves a node, nodes … 2·nodes−1 what enters
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,11 @@ class FatTree(Topology):
     oversubscription: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.leaf, int) or self.leaf < 1:
+        if not isinstance(self.leaf, int) or isinstance(self.leaf, bool) or self.leaf < 1:
             raise ValueError(f"FatTree: leaf={self.leaf!r} must be a whole number of nodes, at least 1")
-        if not self.oversubscription >= 1:
-            raise ValueError(f"FatTree: oversubscription={self.oversubscription!r} must be at least 1")
+        ratio = self.oversubscription
+        if not isinstance(ratio, int | float) or not 1 <= ratio < math.inf:
+            raise ValueError(f"FatTree: oversubscription={ratio!r} must be a finite number, at least 1")
 
     def check(self, nodes: int) -> None:
         if nodes % self.leaf:
