@@ -2,110 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import math
 import sys
-from pathlib import Path
+from argparse import Namespace
+from dataclasses import replace
 
 from rich.console import Console
 
 import minidp
 from minidp import parallel, trace
 from minidp.demo import report
-from minidp.demo.train import DEFAULT_LR, OPTIMIZERS, Job, Result, train
+from minidp.demo.options import parse
+from minidp.demo.predict import predicted_step_s
+from minidp.demo.train import DEFAULT_LR, Job, Result, train
 from minidp.launch import cores
+from minidp.sim import Cluster, calibrate
 
 ROUNDS = 2  # 1 worker, N workers, 1 worker, N workers: a busy moment of the machine hits both
 WEAK_EPOCHS = 6
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m minidp.demo",
-        description="Train the same model on real handwritten digits with 1 worker and with N worker processes: "
-        "how much faster are N, what do they send, and do they end at the same parameters?",
-    )
-    add = parser.add_argument
-    add(
-        "--workers",
-        type=int,
-        default=cores(),
-        help="N, worker processes (default: the cores, %(default)s)",
-    )
-    add("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
-    add(
-        "--global-batch-size",
-        type=int,
-        default=256,
-        help="B, samples a step over all workers (default: %(default)s)",
-    )
-    add("--lr", type=float, help="learning rate η (default: depends on the optimizer)")
-    add("--optimizer", choices=OPTIMIZERS, default="momentum", help="update rule (default: %(default)s)")
-    add(
-        "--naive",
-        action="store_true",
-        help="the literal version: replicas, and a message a parameter through queues",
-    )
-    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    add(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="write a Chrome trace of all ranks to FILE; ui.perfetto.dev opens it",
-    )
-    args = parser.parse_args(argv)
-    for name in ("workers", "epochs", "global_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        parser.error("--lr must be positive and finite")
-    for name, path in (("json", args.json), ("trace", args.trace)):  # now, not after the training
-        if path is not None and path.is_dir():
-            parser.error(f"--{name} {path}: this is a folder, give a file")
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {path.parent}")
-    return args
+CALIBRATION_S = 2.0  # a bar in the picture of a demo, not a measurement to publish
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console()
     logging.getLogger("minidp.launch").setLevel(logging.ERROR)  # the demo says itself what there is to say
+    logging.getLogger("minidp.sim").setLevel(logging.ERROR)
     lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
-    job = Job(args.epochs, args.global_batch_size, args.optimizer, lr, args.naive, record=args.trace is not None)
-    weak_job = Job(
-        min(args.epochs, WEAK_EPOCHS),
-        args.workers * args.global_batch_size,
-        args.optimizer,
-        lr,
-        args.naive,
-        args.workers,
-    )
-    report.introduce(console, job, args.workers, cores())
-
-    def run(workers: int, job: Job) -> list[Result]:
-        return minidp.spawn(train, workers, job, blas_threads=1)
-
-    one: list[Result] = []
-    many: list[Result] = []
-    events: list[trace.Event] = []
+    job = Job(args.epochs, args.global_batch_size, args.optimizer, lr, args.naive, balance=args.balance)
+    if args.cluster is not None:
+        # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
+        job = replace(job, hidden=(128,))
+    report.introduce(console, job, args.workers, cores(), args.cluster)
     try:
-        for _ in range(ROUNDS):
-            one.append(run(1, job)[0])
-            results = run(args.workers, job)
-            many.append(results[0])
-            events = [event for result in results for event in result.events]
-        weak = run(args.workers, weak_job)[0]
+        result, events = (in_processes if args.cluster is None else virtually)(args, job)
     except minidp.RankFailed as failed:
         if not isinstance(failed.__cause__, parallel.NonFiniteGradient):
             raise
         error = failed.__cause__
         console.print(f"The training diverged at step {error.step}: try a smaller --lr than {lr:g}.\n{error}")
         return 1
-    result = report.outcome(job, args.workers, cores(), one, many, weak)
     report.show(console, result)
+    if args.cluster is not None:
+        report.show_timeline(console, events, args.cluster)
+    if args.plot:
+        ranks = report.interesting(args.workers, args.cluster)
+        window = [event for event in report.last_steps(events, 2) if event.rank in ranks]
+        trace.plot_timeline(window, args.plot, title=f"Two steps of {args.workers} workers")
+        console.print(f"Timeline: {args.plot}")
     if args.json:
         args.json.write_text(json.dumps(report.as_dict(result), indent=2) + "\n")
         console.print(f"Figures: {args.json}")
@@ -113,6 +58,55 @@ def main(argv: list[str] | None = None) -> int:
         trace.write_chrome(args.trace, events)
         console.print(f"Trace of all ranks: {args.trace} (open it at https://ui.perfetto.dev)")
     return 0
+
+
+def in_processes(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Event]]:
+    """Timed on this machine, beside what its calibration predicts."""
+    machine = replace(calibrate(CALIBRATION_S), nodes=max(2, args.workers))
+
+    def run(workers: int, job: Job) -> list[Result]:
+        return minidp.spawn(train, workers, job, blas_threads=1)
+
+    one: list[Result] = []
+    many: list[Result] = []
+    for _ in range(ROUNDS):
+        one.append(run(1, replace(job, balance=False))[0])
+        results = run(args.workers, replace(job, record=args.trace is not None))
+        many.append(results[0])
+    copies, epochs = args.workers, min(args.epochs, WEAK_EPOCHS)
+    weak_job = replace(
+        job, copies=copies, global_batch_size=copies * job.global_batch_size, epochs=epochs, balance=False
+    )
+    weak = run(args.workers, weak_job)[0]
+    speedup_weak = args.workers * report.steps_per_s([weak]) / report.steps_per_s(one)
+    outcome = report.outcome(
+        "process", job, args.workers, cores(), one, many, speedup_weak, predict(args, job, machine)
+    )
+    return outcome, [event for result in results for event in result.events]
+
+
+def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Event]]:
+    """Timed on the virtual clock, where one run is as good as many."""
+    cluster: Cluster = args.cluster
+    alone = replace(cluster, nodes=2, topology="switch", stragglers={})
+    one = minidp.spawn(train, 1, replace(job, balance=False), world="virtual", cluster=alone)
+    many = minidp.spawn(train, args.workers, replace(job, record=True), world="virtual", cluster=cluster)
+    weak_job = replace(job, global_batch_size=args.workers * job.global_batch_size, copies=args.workers)
+    speedup_weak = args.workers * report.step_s(one) / predicted_step_s(weak_job, args.workers, cluster)
+    predicted = predict(args, job, cluster)
+    outcome = report.outcome("virtual", job, args.workers, cores(), one, many[:1], speedup_weak, predicted)
+    return outcome, [event for result in many for event in result.events]
+
+
+def predict(args: Namespace, job: Job, cluster: Cluster) -> tuple[float, float | None]:
+    """Seconds of a step by a timing-only run: of one worker, and of all.
+
+    None for what it can't foretell: balanced shares, and messages through queues, which calibration does not time.
+    """
+    alone = replace(cluster, nodes=2, topology="switch", stragglers={})
+    one = predicted_step_s(job, 1, alone)
+    unknown = job.balance or (job.naive and args.cluster is None)
+    return one, None if unknown else predicted_step_s(job, args.workers, cluster)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from minidp.demo.train import Job, Result, build_model
+from minidp.demo.train import Job, Result
+from minidp.sim import Cluster
+from minidp.trace import Event, as_text
+
+LANES = 8  # of a timeline in the terminal
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The demo's figures, as ``--json`` writes them. Times are medians over epochs of all rounds."""
+    """The demo's figures, as ``--json`` writes them. Times are medians over epochs of all rounds.
 
+    ``predicted_…`` are those of a timing-only run: on this machine as it was calibrated just before, or on the
+    virtual cluster. None where it can't tell (balanced shares).
+    """
+
+    world: str
     workers: int
     cores: int
     global_batch_size: int
@@ -30,12 +39,18 @@ class Outcome:
     steps_per_s: float
     speedup_strong: float
     speedup_weak: float
+    step_s_one_worker: float
+    step_s: float
+    predicted_step_s_one_worker: float
+    predicted_step_s: float | None
     bytes_per_step: float
     loss_one_worker: float
     loss: float
     test_accuracy_one_worker: float
     test_accuracy: float
     relative_difference: float
+    shares: tuple[float, ...] | None
+    """Each worker's part of a batch, if they were balanced."""
 
 
 def steps_per_s(results: list[Result]) -> float:
@@ -44,14 +59,29 @@ def steps_per_s(results: list[Result]) -> float:
     return per_epoch / median(s for result in results for s in result.epoch_s)
 
 
+def step_s(results: list[Result]) -> float:
+    """Seconds of a step, by the median epoch."""
+    return 1 / steps_per_s(results)
+
+
 def relative_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """max|Δw| / max|w|."""
     return float(max(np.abs(a[k] - b[k]).max() for k in a) / max(np.abs(a[k]).max() for k in a))
 
 
-def outcome(job: Job, workers: int, cores: int, one: list[Result], many: list[Result], weak: Result) -> Outcome:
+def outcome(
+    world: str,
+    job: Job,
+    workers: int,
+    cores: int,
+    one: list[Result],
+    many: list[Result],
+    speedup_weak: float,
+    predicted: tuple[float, float | None],
+) -> Outcome:
     single, several = steps_per_s(one), steps_per_s(many)
     return Outcome(
+        world=world,
         workers=workers,
         cores=cores,
         global_batch_size=job.global_batch_size,
@@ -63,31 +93,38 @@ def outcome(job: Job, workers: int, cores: int, one: list[Result], many: list[Re
         steps_per_s_one_worker=single,
         steps_per_s=several,
         speedup_strong=several / single,
-        speedup_weak=workers * steps_per_s([weak]) / single,
+        speedup_weak=speedup_weak,
+        step_s_one_worker=step_s(one),
+        step_s=step_s(many),
+        predicted_step_s_one_worker=predicted[0],
+        predicted_step_s=predicted[1],
         bytes_per_step=many[0].bytes_per_step,
         loss_one_worker=one[0].loss,
         loss=many[0].loss,
         test_accuracy_one_worker=one[0].accuracy,
         test_accuracy=many[0].accuracy,
         relative_difference=relative_difference(one[0].state, many[0].state),
+        shares=many[0].shares,
     )
 
 
-def introduce(console: Console, job: Job, workers: int, cores: int) -> None:
-    size = sum(p.size for p in build_model().parameters())
+def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Cluster | None) -> None:
+    size = sum(p.size for p in job.model().parameters())
     shares = " + ".join(f"n_{i}" for i in range(1, min(workers, 3) + 1)) + (" + …" if workers > 3 else "")
     momentum = ", momentum 0.9" if job.optimizer == "momentum" else ""
     rule = "w ← w − η ∇L" if job.optimizer in ("sgd", "momentum") else job.optimizer.capitalize()
     console.print(
         f"[bold]minidp[/]: do {workers} worker{'s' * (workers > 1)} equal one, and how much faster?\n\n"
         "  D     1437 handwritten digits, 8×8 pixels, to learn from; 360 others to test\n"
-        f"  w     an MLP 64-1024-1024-10: {size:,} parameters, on every worker\n"
+        f"  w     an MLP {'-'.join(map(str, (64, *job.hidden, 10)))}: {size:,} parameters, on every worker\n"
         f"  step  B = {job.global_batch_size} samples are cut into {shares} = B; worker i computes\n"
         "        ∇L_i on its own n_i samples; then, all together,\n"
         f"        [bold]∇L = Σ n_i ∇L_i / Σ n_i[/]   and   [bold]{rule}[/]   (η = {job.lr:g}{momentum})\n",
         highlight=False,
     )
-    if workers > cores:
+    if cluster is not None:
+        console.print(_describe(cluster), highlight=False)
+    elif workers > cores:
         console.print(
             f"  [yellow]{workers} workers on {cores} core{'s' * (cores > 1)} take turns: same result, but do not "
             "expect a speed-up.[/]\n",
@@ -95,16 +132,31 @@ def introduce(console: Console, job: Job, workers: int, cores: int) -> None:
         )
 
 
+def _describe(cluster: Cluster) -> str:
+    slow = ", ".join(f"node {node} {factor:g} times slower" for node, factor in cluster.stragglers.items())
+    return (
+        f"  on    a virtual cluster: {cluster.nodes} nodes of {cluster.flops / 1e9:g} GFLOP/s"
+        + (f", {cluster.ranks_per_node} workers each" if cluster.ranks_per_node > 1 else "")
+        + (f"; {slow}" if slow else "")
+        + f"\n        messages take {cluster.latency_s * 1e6:g} µs "
+        + f"+ n / ({cluster.bandwidth_bytes_per_s / 1e9:g} GB/s)\n"
+    )
+
+
 def show(console: Console, result: Outcome) -> None:
+    threads = "one BLAS thread a worker" if result.world == "process" else "on the virtual clock"
     table = Table(
-        title=f"{result.steps} steps, {result.epochs} epoch{'s' * (result.epochs > 1)}, one BLAS thread a worker",
+        title=f"{result.steps} steps, {result.epochs} epoch{'s' * (result.epochs > 1)}, {threads}",
         title_style="bold",
     )
     table.add_column("")
     table.add_column("1 worker", justify="right")
     table.add_column(f"{result.workers} worker{'s' * (result.workers > 1)}", justify="right", style="bold")
+    predicted_by = "predicted, by calibration" if result.world == "process" else "predicted, by a timing-only run"
     rows: list[tuple[str, str, str]] = [
         ("steps / s", f"{result.steps_per_s_one_worker:.1f}", f"{result.steps_per_s:.1f}"),
+        ("a step takes", seconds(result.step_s_one_worker), seconds(result.step_s)),
+        (predicted_by, seconds(result.predicted_step_s_one_worker), seconds(result.predicted_step_s)),
         ("speed-up, strong (same B)", "1", f"{result.speedup_strong:.2f}"),
         (f"speed-up, weak (B and D × {result.workers})", "1", f"{result.speedup_weak:.2f}"),
         ("sent by a worker in a step", "0 B", _bytes(result.bytes_per_step)),
@@ -112,6 +164,9 @@ def show(console: Console, result: Outcome) -> None:
         ("test accuracy", f"{result.test_accuracy_one_worker:.1%}", f"{result.test_accuracy:.1%}"),
         ("max|Δw| / max|w|", "0", f"{result.relative_difference:.1e}"),
     ]
+    if result.shares is not None:
+        least, most = min(result.shares), max(result.shares)
+        rows.insert(1, ("share of a batch, least … most", "100%", f"{least:.1%} … {most:.1%}"))
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -136,6 +191,40 @@ def explain(result: Outcome) -> str:
         "Strong: the same work, cut into N parts. Weak: N times the work.\n"
         "The mean is weighted by n_i, so every N and every cut gives the same ∇L."
     )
+
+
+def interesting(workers: int, cluster: Cluster) -> set[int]:
+    """The ranks of a timeline that one can take in at a glance: stragglers, then the first."""
+    slow = [rank for rank in range(workers) if cluster.slowness(rank) > 1]
+    return set(list(dict.fromkeys([*slow, *range(workers)]))[:LANES])
+
+
+def last_steps(events: list[Event], count: int) -> list[Event]:
+    """The events of the last ``count`` steps: from the moment at which the first rank begins them."""
+    begun: dict[int, list[float]] = {}
+    for event in events:
+        if event.name == "forward":
+            begun.setdefault(event.rank, []).append(event.start_s)
+    start = min(times[-count:][0] for times in begun.values())
+    return [event for event in events if event.start_s >= start]
+
+
+def show_timeline(console: Console, events: list[Event], cluster: Cluster) -> None:
+    workers = 1 + max(event.rank for event in events)
+    ranks = interesting(workers, cluster)
+    window = [event for event in last_steps(events, 1) if event.rank in ranks]
+    more = f", {len(ranks)} of {workers} workers" if len(ranks) < workers else ""
+    console.print(f"\n[bold]The last step[/]{more}\n", highlight=False)
+    console.print(as_text(window, width=min(64, console.width - 16)), highlight=False, markup=False)
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for unit_s, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= unit_s:
+            return f"{value / unit_s:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
 
 
 def as_dict(result: Outcome) -> dict[str, Any]:

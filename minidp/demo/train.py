@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,23 @@ class Job:
     naive: bool
     copies: int = 1
     record: bool = False
+    hidden: tuple[int, ...] = (1024, 1024)
+    balance: bool = False
+
+    def model(self) -> nn.Sequential:
+        """An MLP of these hidden sizes, the same on every rank."""
+        layers: list[nn.Module] = []
+        sizes = (64, *self.hidden, 10)
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers[:-1], seed=0)
+
+    def strategy(self, comm: Communicator) -> parallel.Strategy:
+        """Model, optimizer and strategy: the same w everywhere."""
+        model = self.model()
+        optimizer = OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr)
+        kind = parallel.NaiveDataParallel if self.naive else parallel.DataParallel
+        return kind(model, optimizer, comm)
 
 
 @dataclass
@@ -46,26 +64,26 @@ class Result:
     bytes_per_step: float
     state: dict[str, np.ndarray]
     events: list[trace.Event] = field(default_factory=list)
-
-
-def build_model() -> nn.Sequential:
-    """64-1024-1024-10: 1.1 million parameters, so that computing outweighs talking."""
-    return nn.Sequential(
-        nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10), seed=0
-    )
+    shares: tuple[float, ...] | None = None
+    """With ``balance``: each rank's part of a batch."""
 
 
 def train(comm: Communicator, job: Job) -> Result:
     train_set, test_set = data.load_digits()
     train_set = data.ArrayDataset(*(np.concatenate([a] * job.copies) for a in train_set.arrays))
-    model = build_model()
-    optimizer = OPTIMIZERS[job.optimizer](model.parameters(), lr=job.lr)
-    kind = parallel.NaiveDataParallel if job.naive else parallel.DataParallel
-    strategy = kind(model, optimizer, comm)  # the same w everywhere
+    strategy = job.strategy(comm)
+    weights = None
+    if job.balance:
+        weights = parallel.measure_speeds(strategy, *share(train_set, job, comm.world_size), F.cross_entropy)
     loader = data.DataLoader(
-        train_set, global_batch_size=job.global_batch_size, shard=strategy.shard, shuffle=True, seed=0
+        train_set,
+        global_batch_size=job.global_batch_size,
+        shard=strategy.shard,
+        shuffle=True,
+        seed=0,
+        weights=weights,
     )
-    recorder, epoch_s, total = trace.Recorder(comm.rank), [], len(loader) * job.epochs
+    recorder, epoch_s, total = trace.Recorder(comm.rank, comm.now), [], len(loader) * job.epochs
     comm.barrier()
     with trace.recording(recorder):
         for epoch in range(job.epochs):
@@ -75,8 +93,8 @@ def train(comm: Communicator, job: Job) -> Result:
                 strategy.step()  # ∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; sync
             epoch_s.append(comm.now() - start)
             comm.progress(strategy.updates, total, f"epoch {epoch + 1}, loss {float(loss):.3f}")
-    loss_sum, _, seen = evaluate(comm, model, train_set, strategy.shard)
-    _, correct, count = evaluate(comm, model, test_set, strategy.shard)
+    loss_sum, _, seen = evaluate(comm, strategy.model, train_set, strategy.shard)
+    _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
     state = strategy.state_dict()  # collective: every rank calls it
     return Result(
         steps=strategy.updates,
@@ -86,7 +104,15 @@ def train(comm: Communicator, job: Job) -> Result:
         bytes_per_step=strategy.metrics["bytes_sent"] / max(1, strategy.updates),
         state=state if comm.rank == 0 else {},
         events=recorder.events if job.record else [],
+        shares=tuple(weight / sum(weights) for weight in weights) if weights else None,
     )
+
+
+def share(dataset: data.ArrayDataset, job: Job, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """As many samples as the fullest of so many workers gets in a step: (x, y)."""
+    count = min(-(-min(job.global_batch_size, len(dataset)) // workers), len(dataset))
+    x, y = dataset[:count]
+    return x, y
 
 
 def evaluate(

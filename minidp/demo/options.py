@@ -1,0 +1,133 @@
+"""The demo's options, checked before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from minidp.demo.train import OPTIMIZERS
+from minidp.launch import cores
+from minidp.sim import Cluster
+
+# Of the virtual world alone, with their defaults there.
+_CLUSTER: dict[str, Any] = {
+    "straggler": [],
+    "flops": 1e10,
+    "bandwidth": 1.25e9,
+    "latency": 5e-6,
+    "jitter": 0.0,
+    "topology": "switch",
+    "ranks_per_node": 1,
+    "plot": None,
+}
+_OP_OVERHEAD_S = 2e-6  # of a small array operation, as on a usual processor
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; ``args.cluster`` is the Cluster of a virtual world, else None."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minidp.demo",
+        description="Train the same model on real handwritten digits with 1 worker and with N: how much faster "
+        "are N, what do they send, and do they end at the same parameters? With worker processes on this machine, "
+        "or on a virtual cluster of any size.",
+    )
+    add = parser.add_argument
+    add("--workers", type=int, default=cores(), help="N, the workers (default: the cores, %(default)s)")
+    add("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
+    add(
+        "--global-batch-size",
+        type=int,
+        default=256,
+        help="B, samples a step over all workers (default: %(default)s)",
+    )
+    add("--lr", type=float, help="learning rate η (default: depends on the optimizer)")
+    add("--optimizer", choices=OPTIMIZERS, default="momentum", help="update rule (default: %(default)s)")
+    add(
+        "--naive",
+        action="store_true",
+        help="the literal version: replicas, and a message a parameter",
+    )
+    add(
+        "--balance",
+        action="store_true",
+        help="measure each worker's speed, and give it samples in proportion (article 2.4)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write a Chrome trace of all ranks to FILE; ui.perfetto.dev opens it",
+    )
+    add("--world", choices=("process", "virtual"), default="process", help="(default: %(default)s)")
+    add = parser.add_argument_group("the virtual cluster (--world virtual)").add_argument
+    add(
+        "--straggler",
+        type=_straggler,
+        action="append",
+        metavar="NODE:FACTOR",
+        help="that node computes FACTOR times slower; may be repeated",
+    )
+    add("--flops", type=float, help="a second, of each worker (default: 1e10)")
+    add("--bandwidth", type=float, help="bytes a second, of a node's port (default: 1.25e9)")
+    add("--latency", type=float, help="of a message, in seconds (default: 5e-6)")
+    add("--jitter", type=float, help="spread of computing times (default: 0)")
+    add("--topology", choices=("switch", "ring", "fat_tree"), help="how nodes are wired (default: switch)")
+    add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1)")
+    add("--plot", type=Path, metavar="FILE", help="draw the timeline of two steps to FILE (.png, .svg, .pdf)")
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    args.cluster = _cluster(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("workers", "epochs", "global_batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error("--lr must be positive and finite")
+    for name, path in (("json", args.json), ("trace", args.trace), ("plot", args.plot)):  # now, not afterwards
+        if path is not None and path.is_dir():
+            parser.error(f"--{name} {path}: this is a folder, give a file")
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.parent}")
+
+
+def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Cluster | None:
+    given = [name for name in _CLUSTER if getattr(args, name) is not None]
+    if args.world != "virtual":
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} describes a virtual cluster: add --world virtual")
+        return None
+    for name, default in _CLUSTER.items():
+        if name not in given:
+            setattr(args, name, default)
+    if args.ranks_per_node < 1:
+        parser.error("--ranks-per-node must be at least 1")
+    try:
+        return Cluster(
+            nodes=-(-args.workers // args.ranks_per_node),
+            flops=args.flops,
+            op_overhead_s=_OP_OVERHEAD_S,
+            latency_s=args.latency,
+            bandwidth_bytes_per_s=args.bandwidth,
+            ranks_per_node=args.ranks_per_node,
+            stragglers=dict(args.straggler),
+            jitter=args.jitter,
+            topology=args.topology,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _straggler(text: str) -> tuple[int, float]:
+    try:
+        node, factor = text.split(":")
+        return int(node), float(factor)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a node and how many times slower it is, as 3:5"
+        ) from None
