@@ -40,11 +40,13 @@ class Slabs:
         copies = 1 if comm is None or comm.world_size == 1 else 2
         buffers = copies * (1 + len(slots))
         # One allocation, with rank 0's share holding what there is one of: a peer's share is its gradients.
-        common = buffers * layout.nbytes if comm is None or comm.rank == 0 else 0
-        nbytes = common + layout.nbytes
-        views = [_aligned(nbytes)] if comm is None else comm.allocate(nbytes)
-        shared = views[0][: buffers * layout.nbytes].view(dtype).reshape(buffers, size)
-        self.grads: list[Flat] = [view[len(view) - layout.nbytes :].view(dtype) for view in views]
+        if comm is None:
+            views = [_private((buffers + 1) * size, dtype)]
+        else:
+            common = buffers * layout.nbytes if comm.rank == 0 else 0
+            views = [view.view(dtype) for view in comm.allocate(common + layout.nbytes)]
+        shared = views[0][: buffers * size].reshape(buffers, size)
+        self.grads: list[Flat] = [view[len(view) - size :] for view in views]
         pairs = [(shared[i], shared[i + copies - 1]) for i in range(0, buffers, copies)]
         self.params: tuple[Flat, Flat] = pairs[0]
         self.state: dict[str, tuple[Flat, Flat]] = dict(zip(slots, pairs[1:], strict=True))
@@ -69,11 +71,11 @@ class Slabs:
         self.layout.point(self._views[self.current])
 
 
-def _aligned(nbytes: int) -> Flat:
-    """Private memory, zeroed, that begins at a cache line as shared memory does."""
-    raw = np.zeros(nbytes + ALIGNMENT_BYTES, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT_BYTES
-    return raw[start : start + nbytes]
+def _private(size: int, dtype: np.dtype[Any]) -> Flat:
+    """Memory of this rank's own, zeroed, that begins at a cache line as shared memory does."""
+    raw = np.zeros(size + ALIGNMENT_BYTES // dtype.itemsize, dtype)  # not bytes: Fractions are objects
+    start = -raw.ctypes.data % ALIGNMENT_BYTES // dtype.itemsize
+    return raw[start : start + size]
 
 
 def _read_only(flat: Flat) -> Flat:

@@ -59,6 +59,8 @@ class Strategy(ABC):
         self.model, self.optimizer = model, optimizer
         self.accumulation_steps, self.clip_norm, self.check_finite = accumulation_steps, clip_norm, check_finite
         self.layout = Layout(model)
+        if np.dtype(self.layout.dtype).hasobject:
+            self.check_finite = False  # Fractions can't be infinite, and NumPy can't ask them
         _check_free(model)
         _check_parameters(model, optimizer)
         # A duplicate, so that the user's own collectives can't come between ours.
