@@ -2,6 +2,7 @@
 # Make a virtual environment beside this file (once), install minidp into it at pinned versions, and run it.
 #   sh try.sh demo [options]     the demo: one worker against N
 #   sh try.sh test [options]     the tests (options go to pytest)
+#   sh try.sh plan [options]     how far a model scales on machines that one does not have
 #   sh try.sh bench [options]    the benchmarks (PyTorch and MPI are optional: see README)
 #   sh try.sh check              ruff and mypy
 set -eu
@@ -40,12 +41,13 @@ command=${1:-help}
 case $command in
     demo) exec .venv/bin/python -m minidp.demo "$@" ;;
     test) exec .venv/bin/python -m pytest "$@" ;;
+    plan) exec .venv/bin/python -m minidp.plan "$@" ;;
     bench) exec .venv/bin/python -m minidp.bench "$@" ;;
     check)
         .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
         ;;
     *)
-        sed -n '2,6s/^# //p' try.sh
+        sed -n '2,7s/^# //p' try.sh
         exit 2
         ;;
 esac

@@ -37,6 +37,17 @@ def test_the_commands_exist() -> None:
         assert f"\n    {name}) " in (ROOT / "try.sh").read_text()
 
 
+def test_the_options_exist() -> None:
+    from minidp.demo import options
+    from minidp.plan.__main__ import parse
+
+    parsers = {"minidp.demo": options.parse, "minidp.plan": parse}
+    for command in blocks("shell"):
+        python, module_option, module, *arguments = command.split()
+        assert (python, module_option) == ("python", "-m")
+        parsers[module](arguments)
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
