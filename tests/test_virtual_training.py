@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -158,6 +159,18 @@ def test_two_runs_are_equal_to_the_bit() -> None:
         steps, 6, [3, 1, 4, 1, 5, 0], 0.001, world="virtual", cluster=cluster(6, jitter=0.2, seed=4)
     )
     assert other[0][0] != first[0][0]
+
+
+def test_log_records_say_whose_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    def speak(comm: Any) -> None:
+        logging.getLogger("mine").warning("%d of %d", comm.rank, comm.world_size)
+        comm.barrier()
+        logging.getLogger("mine").debug("not shown")
+
+    minidp.spawn(speak, 3, world="virtual")
+    logging.getLogger("mine").warning("afterwards")
+    assert caplog.messages == ["[rank 0] 0 of 3", "[rank 1] 1 of 3", "[rank 2] 2 of 3", "afterwards"]
+    assert [getattr(record, "rank", None) for record in caplog.records] == [0, 1, 2, None]
 
 
 # --- load balance -----------------------------------------------------------------------------------------

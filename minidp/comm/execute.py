@@ -36,6 +36,7 @@ def contiguous(x: Array) -> Iterator[Array]:
 
 def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:
     """Execute this rank's part of ``schedule`` on the flat array, in place; ``op`` None: it only copies."""
+    at_once = schedule.name.startswith("direct")  # all arrive in one step: averaged before halves are rounded
     bounds = chunk_bounds(len(flat), schedule.chunks)
     for sends, receives in schedule.messages_of(comm.rank):
         leaving = [comm.post_send(_slice(flat, m, bounds), m.dst, tag) for m in sends]
@@ -44,8 +45,8 @@ def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceO
         arriving = [comm.post_recv(a, m.src, tag) for a, m in zip(arrived, receives)]
         for work in (*leaving, *arriving):
             work.wait()
-        _store(flat, list(zip(receives, arrived)), bounds, comm.rank, op)
-    if op is not None and schedule.name in schedules.ALL_REDUCE:
+        _store(flat, list(zip(receives, arrived)), bounds, comm.rank, op, at_once)
+    if op is not None and not at_once and schedule.name in schedules.ALL_REDUCE:
         finish(flat, op, comm.world_size)
 
 
@@ -53,8 +54,6 @@ def reduce(comm: Communicator, x: Array, dst: int, op: ReduceOp, tag: int) -> No
     """All send to ``dst``, which adds in order of rank."""
     with contiguous(x) as flat:
         comm.run_schedule("direct_reduce", flat, op, tag, dst)
-        if comm.rank == dst:
-            finish(flat, op, comm.world_size)
 
 
 def reduce_scatter(comm: Communicator, out: Array, x: Array, op: ReduceOp, tag: int) -> None:
@@ -63,7 +62,6 @@ def reduce_scatter(comm: Communicator, out: Array, x: Array, op: ReduceOp, tag: 
     comm.run_schedule("direct_reduce_scatter", flat, op, tag)
     with contiguous(out) as part:
         part[:] = flat.reshape(comm.world_size, -1)[comm.rank]
-        finish(part, op, comm.world_size)
 
 
 def all_gather(comm: Communicator, out: Array, x: Array, tag: int) -> None:
@@ -107,6 +105,7 @@ def _store(
     bounds: list[tuple[int, int]],
     rank: int,
     op: ReduceOp | None,
+    divide: bool,
 ) -> None:
     contributions: dict[int, list[tuple[int, Array]]] = {}
     for message, data in received:
@@ -123,4 +122,4 @@ def _store(
         lo, hi = bounds[chunk]
         own = flat[lo:hi].copy() if len(parts) > 1 else flat[lo:hi]
         ordered = sorted([(rank, own), *parts], key=lambda part: part[0])
-        fold([part for _, part in ordered], op, flat[lo:hi])
+        fold([part for _, part in ordered], op, flat[lo:hi], divide)

@@ -11,7 +11,7 @@ of `waves`: the same arithmetic, a wave of messages at a time, with all links ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,28 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from minidp.comm import schedules
 from minidp.comm.board import name_ranks
 from minidp.comm.errors import CollectiveMismatch
+from minidp.comm.movement import Group, Movement, Round, by_waves
 from minidp.comm.reduction import ReduceOp
-from minidp.comm.transfers import Message, chunk_bounds
 from minidp.comm.values import combine
-from minidp.comm.venue import Venue
-from minidp.comm.waves import Pattern, chunks, waves
 from minidp.sim.loop import Task
-from minidp.sim.network import Floats, Path, Stage
+from minidp.sim.network import Path
 
 Array = npt.NDArray[Any]
-EVENTS_UP_TO = 64  # ranks of a group whose messages are events of their own
-
-
-class Movement(NamedTuple):
-    """What moves in a collective: the schedule ``timed``, ``length`` elements of ``itemsize`` bytes."""
-
-    timed: str
-    root: int
-    length: int
-    itemsize: int
+EVENTS_UP_TO = 64  # ranks of a group whose messages pass one by one
 
 
 class Payload(NamedTuple):
@@ -49,63 +37,6 @@ class Payload(NamedTuple):
     schedule: str
     flat: Array
     op: ReduceOp | None
-
-
-class Traffics(NamedTuple):
-    """Bytes sent and received and messages sent, by member."""
-
-    sent: list[int]
-    received: list[int]
-    messages: list[int]
-
-
-class Group:
-    """Ranks that meet.
-
-    Args:
-        venue: where they are.
-        ranks: the world rank of each member.
-        name: for messages.
-    """
-
-    def __init__(self, venue: Venue, ranks: Sequence[int], name: str) -> None:
-        self.venue, self.ranks, self.name = venue, list(ranks), name
-        self.size = len(self.ranks)
-        self.meetings: dict[int, Meeting] = {}
-        self._rounds: dict[Movement, list[Round]] = {}
-        self._traffic: dict[Movement, Traffics] = {}
-        self._routes: dict[Pattern, list[Stage]] = {}
-
-    def describe(self, sequence: int, header: str) -> str:
-        """``all_reduce #412 (float32 (784, 512), sum)``."""
-        operation, _, rest = header.partition(" ")
-        where = "" if self.name == "world" else f" of {self.name}"
-        return f"{operation} #{sequence}{where}" + (f" ({rest})" if rest else "")
-
-    # -- what a movement consists of ---------------------------------------------------------------------
-
-    def rounds(self, movement: Movement) -> list[Round]:
-        """Step by step, the messages of a schedule in the order in which they are posted."""
-        found = self._rounds.get(movement)
-        if found is None:
-            if len(self._rounds) > 64:
-                self._rounds.clear()
-            found = self._rounds[movement] = _rounds(self, movement)
-        return found
-
-    def traffic(self, movement: Movement) -> Traffics:
-        found = self._traffic.get(movement)
-        if found is None:
-            found = self._traffic[movement] = traffic(movement, self.size)
-        return found
-
-    def route(self, pattern: Pattern) -> list[Stage]:
-        found = self._routes.get(pattern)
-        if found is None:
-            ranks = np.array(self.ranks)
-            found = self.venue.network.route(ranks[pattern.src], ranks[pattern.dst])
-            self._routes[pattern] = found
-        return found
 
 
 class Meeting:
@@ -173,17 +104,16 @@ class Meeting:
                     combine(schedule, root, [self.payloads[i].flat for i in range(group.size)], op)
                 except Exception as error:  # such as a sum of what can't be added: theirs, not the loop's
                     for task in self.tasks.values():
-                        task.fail(copy(error))
+                        task.fail(_another(error))
                     return
         if self.movement is None:  # headers alone
-            self._finish(self.start + (group.venue.cluster.latency_s if group.size > 1 else 0.0))
+            self._finish(self.start + (group.alpha if group.size > 1 else 0.0))
         elif group.size <= EVENTS_UP_TO:
             Transport(self, group.rounds(self.movement)).go_on()
         else:
             network = group.venue.network
             free = np.array(network.free)
-            gamma = group.venue.cluster.reduce_seconds_per_byte
-            end = by_waves(group, free, self.movement, self.start, gamma)
+            end = by_waves(group, free, self.movement, self.start, group.gamma)
             network.free[:] = free.tolist()
             self._finish(end)
 
@@ -194,14 +124,12 @@ class Meeting:
             task.wake(time_s)
 
 
-# --- message by message -----------------------------------------------------------------------------------
-
-
-class Round(NamedTuple):
-    """A step: its messages, and the most bytes that a rank adds at its end."""
-
-    messages: list[tuple[Path, int]]
-    added: int
+def _another(error: Exception) -> Exception:
+    """A copy for each rank, as tracebacks and notes are its own; the thing itself if it can't be copied."""
+    try:
+        return copy(error)
+    except Exception:
+        return error
 
 
 class Transport:
@@ -210,103 +138,40 @@ class Transport:
     def __init__(self, meeting: Meeting, rounds: list[Round]) -> None:
         venue = meeting.group.venue
         self.meeting, self.loop, self.network = meeting, venue.loop, venue.network
-        self.gamma = venue.cluster.reduce_seconds_per_byte
+        self.gamma = meeting.group.gamma
         self.rounds = iter(rounds)
         self.end = 0.0  # of the step: the latest arrival so far
         self.added = 0
-        self.waiting = 0  # messages that wait for their sender's port
+        self.under_way = 0  # messages whose arrival is not known yet
 
     def go_on(self) -> None:
         """Post the messages of the next step, now."""
-        now = self.end = self.loop.now
+        now = end = self.loop.now
         step = next(self.rounds, None)
         if step is None:
             self.meeting._finish(now)
             return
         messages, self.added = step
-        network = self.network
-        leave, arrive = network.leave, network.arrive
-        end = now
+        leave, arrive, hops = self.network.leave, self.network.arrive, self.network.hops
+        self.end, self.under_way = now, len(messages)
+        arrived = 0
         for path, nbytes in messages:
             start, last = leave(path, nbytes, now)
-            if start > now:
-                self.waiting += 1
+            if start > now or hops:
                 self.loop.at(start, partial(self._left, path, nbytes, start, last))
-            else:
+            else:  # the short way: its port is free
                 arrival = arrive(path, nbytes, start, last)
+                arrived += 1
                 if arrival > end:
                     end = arrival
-        self.end = end
-        if not self.waiting:
-            self._ended()
+        self._arrived(end, arrived)
 
     def _left(self, path: Path, nbytes: int, start: float, last: float) -> None:
-        self.end = max(self.end, self.network.arrive(path, nbytes, start, last))
-        self.waiting -= 1
-        if not self.waiting:
-            self._ended()
+        self.network.follow(self.loop, path, nbytes, start, last, self._arrived)
 
-    def _ended(self) -> None:
-        self.loop.at(self.end + self.added * self.gamma, self.go_on)
-
-
-def _rounds(group: Group, movement: Movement) -> list[Round]:
-    name, root, length, itemsize = movement
-    schedule = schedules.get(name, group.size, root)
-    bounds = chunk_bounds(length, schedule.chunks)
-    path = group.venue.network.path
-    rounds: list[Round] = []
-    added: list[dict[int, int]] = [{} for _ in range(schedule.steps)]
-    messages: list[list[tuple[Path, int]]] = [[] for _ in range(schedule.steps)]
-    for m in sorted(schedule.messages, key=lambda m: port_order(m, group.size)):
-        nbytes = (bounds[m.stop - 1][1] - bounds[m.start][0]) * itemsize
-        messages[m.step].append((path(group.ranks[m.src], group.ranks[m.dst]), nbytes))
-        if m.op == "reduce":
-            added[m.step][m.dst] = added[m.step].get(m.dst, 0) + nbytes
-    for step, sums in zip(messages, added):
-        rounds.append(Round(step, max(sums.values(), default=0)))
-    return rounds
-
-
-def port_order(m: Message, world_size: int) -> tuple[int, int, int]:
-    """The order in which messages are posted: to the next rank first, so that no two senders meet at a port."""
-    return m.step, (m.dst - m.src) % world_size, m.src
-
-
-# --- as vectors -------------------------------------------------------------------------------------------
-
-
-def by_waves(group: Group, free: Floats, movement: Movement, start: float, gamma: float) -> float:
-    """When the movement ends that begins at ``start``; ``free``, when each link becomes free, is changed in place.
-
-    Equal to the messages as events, to the bit, if no others are under way, and, where ranks share links before
-    the last one, if no rank sends several messages in one step. Not on a `Ring` where messages hop: there one may
-    start from a link in which another, as an event, has taken its place ahead of time.
-    """
-    name, root, length, itemsize = movement
-    p = group.size
-    edges = np.array([0, *(hi for _, hi in chunk_bounds(length, chunks(name, p)))]) * itemsize
-    travel = group.venue.network.travel
-    for step in waves(name, p, root):
-        end, added = start, np.zeros(p, np.int64)
-        for pattern, first, stop, reduce in step:
-            nbytes = edges[stop] - edges[first]
-            end = max(end, float(travel(free, group.route(pattern), nbytes, start).max()))
-            if reduce:
-                np.add.at(added, pattern.dst, nbytes)
-        start = end + int(added.max()) * gamma
-    return start
-
-
-def traffic(movement: Movement, world_size: int) -> Traffics:
-    """What each member sends and receives."""
-    name, root, length, itemsize = movement
-    sent, received, messages = (np.zeros(world_size, np.int64) for _ in range(3))
-    edges = np.array([0, *(hi for _, hi in chunk_bounds(length, chunks(name, world_size)))]) * itemsize
-    for step in waves(name, world_size, root):
-        for pattern, first, stop, _ in step:
-            nbytes = edges[stop] - edges[first]
-            np.add.at(sent, pattern.src, nbytes)
-            np.add.at(received, pattern.dst, nbytes)
-            np.add.at(messages, pattern.src, 1)
-    return Traffics(sent.tolist(), received.tolist(), messages.tolist())
+    def _arrived(self, time_s: float, messages: int = 1) -> None:
+        """So many more arrive, the last at ``time_s``; after the last of the step all add up what they got."""
+        self.end = max(self.end, time_s)
+        self.under_way -= messages
+        if not self.under_way:
+            self.loop.at(self.end + self.added * self.gamma, self.go_on)

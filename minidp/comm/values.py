@@ -164,7 +164,7 @@ def _all_to_all(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None
 def _direct_reduce(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None:
     assert op is not None
     total = np.empty_like(arrays[root])
-    fold(arrays, op, total)
+    fold(arrays, op, total, divide=True)
     np.copyto(arrays[root], total)
 
 
@@ -173,7 +173,7 @@ def _direct_reduce_scatter(arrays: Sequence[Array], root: int, op: ReduceOp | No
     p = len(arrays)
     if len(arrays[0]):
         total = np.empty_like(arrays[0])
-        fold(arrays, op, total)
+        fold(arrays, op, total, divide=True)
         for rank, x in enumerate(arrays):
             _rows(x, p)[rank] = _rows(total, p)[rank]
 

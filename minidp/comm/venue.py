@@ -133,9 +133,11 @@ class Venue:
 
     def _nobody_can_go_on(self) -> None:
         """There is no event any more: whoever is left waits for what will never come."""
-        waiting = [task for task in self.ranks if not task.dead]
-        if not waiting:
+        left = [task for task in self.ranks if not task.dead]
+        if not left:
             return
+        if all(task.waits_for is None for task in left):
+            raise CommError(f"rank {left[0].rank} has gone elsewhere: a greenlet of its own has left its function")
         where = self.where_all_are()
         if self.returned:
             verdict = (

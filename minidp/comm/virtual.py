@@ -14,10 +14,11 @@ import numpy.typing as npt
 from greenlet import getcurrent
 
 from minidp import trace
-from minidp.comm import costs, execute
+from minidp.comm import execute
 from minidp.comm.communicator import ANY, Communicator
 from minidp.comm.errors import CommError
-from minidp.comm.meeting import Group, Meeting, Movement, Payload
+from minidp.comm.meeting import Meeting, Payload
+from minidp.comm.movement import Group, Movement
 from minidp.comm.post import PostOffice
 from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
 from minidp.comm.stream import Stream
@@ -69,16 +70,17 @@ class VirtualCommunicator(Communicator):
         return receipt
 
     def send(self, x: Array, dst: int, tag: int = 0, *, async_op: bool = False) -> Any:
-        if async_op or not isinstance(x, np.ndarray) or not 0 <= dst < self.world_size or tag < 0 or self._closed:
+        if async_op or type(x) is not np.ndarray or not 0 <= dst < self.world_size or tag < 0 or self._closed:
             return super().send(x, dst, tag, async_op=async_op)  # type: ignore[call-overload]
         self._post.send(self.rank, x, dst, tag)  # the short way
         self.traffic.add(x.nbytes)
         return None
 
     def recv(self, x: Array, src: int = ANY, tag: int = 0, *, async_op: bool = False) -> Any:
-        if async_op or tag < 0 or not ANY <= src < self.world_size:
+        if async_op or type(x) is not np.ndarray or tag < 0 or not ANY <= src < self.world_size or self._closed:
             return super().recv(x, src, tag, async_op=async_op)  # type: ignore[call-overload]
-        self._check(x, writes=True)
+        if not x.flags.writeable:
+            check_array(x, writes=True)
         src = self._post.recv(self.rank, x, src, tag)
         self.traffic.add(0, x.nbytes, 0)
         return src
@@ -151,9 +153,7 @@ class VirtualCommunicator(Communicator):
         if header is None:
             header = self._headers[key] = f"all_reduce {x.dtype} {x.shape}, {op.value}"
         self._header = header
-        cluster = self._venue.cluster
-        alpha, beta, gamma = cluster.latency_s, cluster.seconds_per_byte, cluster.reduce_seconds_per_byte
-        fastest = costs.fastest(self.world_size, x.nbytes, alpha, beta, gamma)
+        fastest = self._group.fastest(x.nbytes)
         if x.ndim == 1 and x.flags.c_contiguous:
             self._collective("direct", fastest, x, op)
         else:

@@ -128,7 +128,7 @@ def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: Any) ->
 
 def _inside_virtual_rank() -> bool:
     loop = sys.modules.get("minidp.sim.loop")  # not there: there is no virtual world
-    return loop is not None and loop.in_task()
+    return loop is not None and loop.rank_here() is not None
 
 
 def _check_virtual(world: str, cluster: Any, blas_threads: Any) -> None:

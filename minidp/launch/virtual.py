@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import pickle
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from typing import Any
 
 import threadpoolctl
 
-from minidp.comm.meeting import Group
+from minidp.comm.movement import Group
 from minidp.comm.post import PostOffice
 from minidp.comm.traffic import Traffic
 from minidp.comm.venue import Venue
@@ -19,6 +21,9 @@ from minidp.comm.virtual import VirtualCommunicator
 from minidp.launch.supervise import class_for
 from minidp.launch.watchdog import watching
 from minidp.sim import Cluster
+from minidp.sim.loop import rank_here
+
+_one_at_a_time = threading.Lock()  # what a run sets, and puts back, belongs to the process, not to its thread
 
 
 def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: float) -> list[Any]:
@@ -32,7 +37,13 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
     post = PostOffice(venue, ranks)
     lives = [_life(function, VirtualCommunicator(group, post, rank, Traffic())) for rank in ranks]
     # One thread whatever was set: how BLAS cuts a sum over threads changes its bits.
-    with threadpoolctl.threadpool_limits(1, user_api="blas"), watching(venue, timeout_s), _few_collections():
+    with (
+        _one_at_a_time,
+        threadpoolctl.threadpool_limits(1, user_api="blas"),
+        watching(venue, timeout_s),
+        _few_collections(),
+        _tagged_records(),
+    ):
         venue.run(lives)
     if venue.raised:
         raise _failure(*venue.raised[0], world_size)
@@ -48,6 +59,26 @@ def _few_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@contextmanager
+def _tagged_records() -> Iterator[None]:
+    """Log records of a rank say which, as they do in the process world."""
+    make = logging.getLogRecordFactory()
+
+    def tagged(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        rank = rank_here()
+        if rank is not None:
+            record.rank = rank
+            record.msg, record.args = f"[rank {rank}] {record.getMessage()}", None
+        return record
+
+    logging.setLogRecordFactory(tagged)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
 
 
 def _life(function: bytes, comm: VirtualCommunicator) -> Callable[[], Any]:

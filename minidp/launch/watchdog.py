@@ -60,9 +60,11 @@ def watching(venue: Venue, timeout_s: float) -> Iterator[None]:
 def _watch(venue: Venue, timeout_s: float, thread: int, over: threading.Event) -> None:
     clock = time.pthread_getcpuclockid(thread)
     events, used, since = venue.loop.events, time.clock_gettime(clock), time.monotonic()
-    while not over.wait(min(timeout_s / 4, 1.0)):
+    looked, interval_s = since, min(timeout_s / 4, 1.0)
+    while not over.wait(interval_s):
         now = time.monotonic()
-        if venue.loop.events != events or time.clock_gettime(clock) - used > _IDLE * (now - since):
+        stopped, looked = now - looked > 2 * interval_s + 1, now  # the whole process was, by Ctrl-Z for example
+        if stopped or venue.loop.events != events or time.clock_gettime(clock) - used > _IDLE * (now - since):
             events, used, since = venue.loop.events, time.clock_gettime(clock), now
         elif now - since >= timeout_s:
             signal.pthread_kill(thread, _SIGNAL)

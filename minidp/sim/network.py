@@ -3,7 +3,8 @@
 A message of n bytes takes a path of links. A link is a queue with a speed: what passes through it goes one after
 another, first come, first served, n·β seconds each. Bytes flow on while the message is still coming in
 (cut-through): on an idle path of latency α and even speed a message has arrived after α + nβ. When its first byte
-leaves the sender's port, a message takes its place in the queues of the rest of its path.
+leaves the sender's port, a message takes its place in the queues of the rest of its path; where it hops from node
+to node (a ring), in each queue only when it gets there.
 Through a trunk, a link faster than ports, messages of several ports flow side by side, each no faster than a port:
 there only the work queues up, and a message is held back no longer than the trunk is behind with it.
 
@@ -14,14 +15,15 @@ Ranks of one node talk through lanes of their own. A message to oneself takes no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from minidp.sim.cluster import Cluster
-from minidp.sim.topology import Switch
+from minidp.sim.loop import Loop
+from minidp.sim.topology import Ring, Switch
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -56,6 +58,8 @@ class Network:
         self.free: list[float] = [0.0] * (links + 2 * world_size)
         """For each link the time at which it has passed on all that it was given."""
         self._paths: dict[tuple[int, int], Path] = {}
+        self.hops = isinstance(cluster.topology, Ring)
+        """Whether messages hop, so that the rest of a path can't be known when the first byte leaves."""
 
     def path(self, src: int, dst: int) -> Path:
         """The links from rank ``src`` to rank ``dst``."""
@@ -121,6 +125,28 @@ class Network:
                 end = max(end, tail)
             latency = own_latency
         return end + latency
+
+    def follow(
+        self, loop: Loop, path: Path, nbytes: float, start: float, end: float, known: Callable[[float], None]
+    ) -> None:
+        """`arrive` for any path, at the moment ``start``: calls ``known(arrival)`` as soon as that can be told."""
+        if not self.hops or len(path) < 2:
+            known(self.arrive(path, nbytes, start, end))
+            return
+
+        def hop(i: int, head: float, tail: float) -> None:
+            link, latency, beta = path[i]
+            begin = max(self.free[link], head)
+            finish = self.free[link] = max(begin + nbytes * beta, tail)
+            if i + 1 == len(path):
+                known(finish + latency)
+            else:
+                on(i + 1, begin + latency, finish + latency)
+
+        def on(i: int, head: float, tail: float) -> None:
+            loop.at(head, lambda: hop(i, head, tail))
+
+        on(1, start + path[0].latency_s, end + path[0].latency_s)
 
     # -- many messages at once ---------------------------------------------------------------------------
 
