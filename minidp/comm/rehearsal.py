@@ -3,10 +3,15 @@
 A rehearsal is a communicator of one rank whose peers all do just what it does, and have the same data. A strategy
 that is built on it and makes a step leaves a script: what was computed, what was begun, what was waited for. Any
 strategy can be rehearsed whose ranks do the same work; nothing of it needs to be told twice.
+
+What can't be rehearsed: messages from rank to rank (NotImplementedError). What goes unnoticed, because one rank
+can't see it: ranks that do different work, groups that are not the whole world (every ``split`` is taken for a
+duplicate), and shares that shrink as ranks are added (an array keeps the length that it has here).
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +29,7 @@ Array = npt.NDArray[Any]
 
 
 class Compute(NamedTuple):
-    """Work, as `backend.meter` counts it."""
+    """Work, as `backend.meter` counts it: operations, floating-point operations, bytes read and written."""
 
     operations: float
     flops: float
@@ -48,7 +53,10 @@ class Collective(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Wait for what has been begun on a stream, up to its ``nth`` collective of the script (from 1)."""
+    """Wait for what has been begun on a stream, up to its ``nth`` collective of the script (from 1).
+
+    0 is the last one of the step before, −1 the one before that: a step may end while its messages still travel.
+    """
 
     stream: int
     nth: int
@@ -66,7 +74,8 @@ class Tape:
 
     def __init__(self) -> None:
         self._script: Script = []
-        self._begun: list[int] = []  # collectives of each stream, in this script
+        self._begun: list[int] = []  # collectives that each stream has been given
+        self._begun_before: list[int] = []  # those of them that are in scripts before this one
         self._meter = backend.Meter()
         self._charged = Compute(0, 0.0, 0.0)
 
@@ -82,7 +91,7 @@ class Tape:
         """What was written since the last time."""
         self.charge()
         script, self._script = self._script, []
-        self._begun = [0] * len(self._begun)
+        self._begun_before = list(self._begun)
         return script
 
     def charge(self) -> None:
@@ -99,12 +108,17 @@ class Tape:
     def stream(self) -> int:
         """A new one."""
         self._begun.append(0)
+        self._begun_before.append(0)
         return len(self._begun) - 1
 
     def begin(self, stream: int) -> int:
-        """How many collectives the stream has been given, this one included."""
+        """How many collectives the stream has been given since it was made, this one included."""
         self._begun[stream] += 1
         return self._begun[stream]
+
+    def wait(self, stream: int, count: int) -> None:
+        """Wait for the first ``count`` collectives that the stream has been given."""
+        self.add(Wait(stream, count - self._begun_before[stream]))
 
 
 class Rehearsal(Communicator):
@@ -123,6 +137,7 @@ class Rehearsal(Communicator):
         self.traffic = Traffic(parent=traffic)
         self._tape, self._stream = tape, tape.stream()
         self._on_stream = False
+        self._last: _Begun | None = None  # what the stream was given last
 
     def _note(self, schedule: str, length: int = 0, itemsize: int = 1, root: int = 0) -> None:
         scale = _SCALES.get(schedule, 0)
@@ -135,25 +150,36 @@ class Rehearsal(Communicator):
             value = run()
         finally:
             self._on_stream = False
-        return _Begun(self._tape, Wait(self._stream, self._tape.begin(self._stream)), value)
+        self._last = _Begun(self._tape, self._stream, value)
+        return self._last
+
+    def run_all(self) -> None:
+        """What has been begun earlier comes first: the order of collectives is that of the program."""
+        if self._last is not None and not self._on_stream:
+            self._last.settle()
 
     # -- primitives ------------------------------------------------------------------------------------
 
     def post_send(self, x: Array, dst: int, tag: int) -> Work:
-        raise NotImplementedError("a rehearsal has no peers: messages from rank to rank can't be rehearsed")
+        raise NotImplementedError(
+            "a rehearsal has no peers, so messages from rank to rank can't be rehearsed: run the strategy itself, "
+            'minidp.spawn(train, ranks, world="virtual")'
+        )
 
     def post_recv(self, x: Array, src: int, tag: int) -> Work:
         return self.post_send(x, src, tag)
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
-        self._note("")
+        self.barrier()
         return None if color is None else Rehearsal(self._tape, self.world_size, self.traffic)
 
     def allocate(self, nbytes: int) -> list[npt.NDArray[np.uint8]]:
-        self._note("")
+        self.barrier()
         return [np.zeros(nbytes, np.uint8) for _ in range(self.world_size)]
 
     def now(self) -> float:
+        """0: a rehearsal takes no time. What was computed before is written down apart from what comes after."""
+        self._tape.charge()
         return 0.0
 
     def close(self) -> None: ...
@@ -171,33 +197,49 @@ class Rehearsal(Communicator):
     ) -> Work | None:
         if async_op or algorithm is not None:
             return super().all_reduce(x, op, algorithm, async_op=async_op)
+        self.run_all()
         self._note("all_reduce", x.size, x.itemsize)
         return None
 
     def all_gather_int(self, value: int, what: str = "all_gather_int", *, async_op: bool = False) -> Any:
         if async_op:
             return self._defer(lambda: self.all_gather_int(value, what))
-        self._note("")
+        self.barrier()
         return [value] * self.world_size
 
     def barrier(self) -> None:
+        self.run_all()
         self._note("")
 
     def broadcast_object(self, obj: Any, src: int = 0, what: str = "broadcast_object") -> Any:
-        self._note("")
-        return obj
+        """``obj``, from every ``src``: all have the same."""
+        self._check_peer(src, "src")
+        data = pickle.dumps(obj)
+        self.barrier()  # its length comes first
+        self._note("broadcast", len(data), root=src)
+        return pickle.loads(data)
 
     def all_gather_object(self, obj: Any, what: str = "all_gather_object") -> list[Any]:
-        self._note("")
-        return [obj] * self.world_size
+        data = pickle.dumps(obj)
+        self.barrier()
+        self._note("all_gather", len(data) * self.world_size)
+        return [pickle.loads(data) for _ in range(self.world_size)]
 
 
 class _Begun(Work):
     """What has been begun on a stream."""
 
-    def __init__(self, tape: Tape, end: Wait, value: Any) -> None:
-        self._tape, self._end, self._value = tape, end, value
+    def __init__(self, tape: Tape, stream: int, value: Any) -> None:
+        self._tape, self._stream, self._value = tape, stream, value
+        self._count = tape.begin(stream)
+        self._settled = False
 
     def wait(self) -> Any:
-        self._tape.add(self._end)
+        self._settled = True
+        self._tape.wait(self._stream, self._count)
         return self._value
+
+    def settle(self) -> None:
+        """Wait, unless somebody has done so before."""
+        if not self._settled:
+            self.wait()

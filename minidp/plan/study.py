@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from minidp.comm.rehearsal import Compute
 from minidp.parallel.timing import Layer, described_step, replay
-from minidp.sim import Cluster
+from minidp.sim import Cluster, FatTree
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,30 @@ class Job:
         bucket_mb: gradients leave in buckets of at most this size (2^20 bytes), at least a layer.
     """
 
-    params: float
+    params: int
     flops_per_sample: float
     layers: int = 32
-    batch: float = 1
+    batch: int = 1
     global_batch: int | None = None
     gradient_bytes: int = 4
     bucket_mb: float = 25
 
-    def samples(self, ranks: int) -> float:
-        """Of the fullest of that many ranks."""
-        return self.batch if self.global_batch is None else math.ceil(self.global_batch / ranks)
+    @property
+    def scaling(self) -> str:
+        return "weak" if self.global_batch is None else "strong"
+
+    @property
+    def layer_params(self) -> int:
+        """Of each layer: what does not divide evenly is rounded up."""
+        return -(-self.params // self.layers)
+
+    def samples(self, ranks: int) -> int:
+        """Of the fullest of that many ranks, in a step."""
+        return self.batch if self.global_batch is None else -(-self.global_batch // ranks)
+
+    def step_samples(self, ranks: int) -> int:
+        """Of all ranks, in a step."""
+        return self.batch * ranks if self.global_batch is None else self.global_batch
 
 
 @dataclass(frozen=True)
@@ -45,60 +56,70 @@ class Point:
 
     ranks: int
     step_s: float
-    compute_s: float  # of the fullest rank, alone
+    compute_s: float
+    """Of the fullest rank in a step, alone."""
     samples_per_s: float
-    efficiency: float  # samples a second, over those of as many ranks that do not talk
-    gain: float | None  # samples a second added a rank added, over those of the ranks before; None: the first
+    efficiency: float
+    """Samples a second, over ``ranks`` times those of one rank (of strong scaling, where the job is)."""
+    gain: float | None
+    """Samples a second that each added rank adds, over those that one gave before; None for the first point."""
 
     @property
     def waiting_s(self) -> float:
-        """What computing does not hide."""
-        return self.step_s - self.compute_s
+        """What computing does not hide; rounding apart. (With jitter a rank may be lucky, and this negative.)"""
+        waiting_s = self.step_s - self.compute_s
+        return waiting_s if abs(waiting_s) > 1e-9 * self.step_s else 0.0
 
 
 def study(job: Job, cluster: Cluster, ranks: Sequence[int], steps: int = 1) -> list[Point]:
-    """A point for each number of ranks, each on as much of the cluster as it needs (``nodes`` is replaced).
+    """A point for each number of ranks (ascending), each on as much of the cluster as it needs.
 
-    Cost: less than a second for 10 000 ranks on a flat switch.
+    ``cluster.nodes`` is replaced. One rank, which the others are measured by, is no straggler; its jitter is that
+    of rank 0 in each point, so no efficiency is above 1. ``steps`` are averaged: more than one says more only with
+    jitter. Cost: less than a second for 10 000 ranks on a flat switch.
     """
     points: list[Point] = []
-    alone = _samples_per_s(job, cluster, 1, steps)[0]
+    alone = _point(job, replace(cluster, stragglers={}), 1, steps, None, points)
     for p in ranks:
-        rate, step_s, compute_s = _samples_per_s(job, cluster, p, steps)
-        gain = None
-        if points:
-            last = points[-1]
-            gain = (rate - last.samples_per_s) / (p - last.ranks) / (last.samples_per_s / last.ranks)
-        points.append(Point(p, step_s, compute_s, rate, rate / (alone * p), gain))
+        points.append(_point(job, cluster, p, steps, alone, points))
     return points
 
 
 def pays_up_to(points: Sequence[Point], worth: float) -> int | None:
-    """The number of ranks beyond which a gain is less than ``worth``, or None."""
-    for before, point in pairwise(points):
-        if point.gain is not None and point.gain < worth:
-            return before.ranks
-    return None
+    """The number of ranks beyond which adding more does not pay; None if it does up to the last of ``points``.
+
+    It pays if each added rank gives at least ``worth`` of what one gave before, in samples a second. A number of
+    ranks that does not pay may be passed over: 100 samples are no faster on 64 ranks than on 60, but on 100.
+    """
+    best = points[0]
+    for point in points[1:]:
+        if _gain(best, point.ranks, point.samples_per_s) >= worth:
+            best = point
+    return None if best is points[-1] else best.ranks
 
 
-def _samples_per_s(job: Job, cluster: Cluster, ranks: int, steps: int) -> tuple[float, float, float]:
-    """(samples a second, seconds a step, those of them that the fullest rank computes)."""
-    samples = job.samples(ranks)
-    size = math.ceil(job.params / job.layers)
-    flops = job.flops_per_sample * samples / job.layers
-    update = Compute(
-        1, 4 * job.params, 5 * 4 * job.params
-    )  # SGD with momentum in float32: 3 arrays read, 2 written
-    layers = [Layer(size, flops / 3, flops * 2 / 3)] * job.layers
+def _gain(before: Point, ranks: int, samples_per_s: float) -> float:
+    added = (samples_per_s - before.samples_per_s) / (ranks - before.ranks)
+    return added / (before.samples_per_s / before.ranks)
+
+
+def _point(
+    job: Job, cluster: Cluster, ranks: int, steps: int, alone: Point | None, points: Sequence[Point]
+) -> Point:
+    flops = job.flops_per_sample * job.samples(ranks) / job.layers
+    layers = [Layer(job.layer_params, flops / 3, flops * 2 / 3)] * job.layers
+    # SGD with momentum in float32: w, g and the momentum read, w and the momentum written.
+    update = Compute(1, 4 * job.params, 5 * 4 * job.params)
     script = described_step(layers, job.bucket_mb, job.gradient_bytes, update)
-    machine = replace(cluster, nodes=_nodes(cluster, ranks))
-    timing = replay(script, machine, ranks, steps)
-    total = job.global_batch if job.global_batch is not None else samples * ranks
-    return total / timing.step_s, timing.step_s, timing.compute_s
+    timing = replay(script, replace(cluster, nodes=_nodes(cluster, ranks)), ranks, steps)
+    rate = job.step_samples(ranks) / timing.step_s
+    efficiency = rate / (alone.samples_per_s * ranks) if alone else 1.0
+    gain = _gain(points[-1], ranks, rate) if points else None
+    return Point(ranks, timing.step_s, timing.compute_s, rate, efficiency, gain)
 
 
 def _nodes(cluster: Cluster, ranks: int) -> int:
-    """As many as the ranks need: of a fat tree, whole groups; of a ring at least two."""
-    nodes = -(-ranks // cluster.ranks_per_node)
-    leaf = getattr(cluster.topology, "leaf", 1)
-    return max(-(-nodes // leaf) * leaf, 2, *(node + 1 for node in cluster.stragglers))
+    """As many as the ranks need: at least two, and all stragglers; of a fat tree whole groups."""
+    nodes = max(-(-ranks // cluster.ranks_per_node), 2, *(node + 1 for node in cluster.stragglers))
+    leaf = cluster.topology.leaf if isinstance(cluster.topology, FatTree) else 1
+    return -(-nodes // leaf) * leaf
