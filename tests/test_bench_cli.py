@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minidp.bench import allreduce, cli, jobs, machine, roster, scaling
+from minidp.bench import allreduce, cli, jobs, machine, roster, scaling, virtual
 from minidp.bench.contest import Rounds, contest
 from minidp.bench.roster import Entrant
 from minidp.bench.screen import Screen
@@ -104,6 +104,67 @@ def test_startup(tmp_path: Path) -> None:
         "first",
         "second",
     ]
+
+
+def test_virtual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_bench(tmp_path / "out.json", "virtual", "--quick")
+    check_schema(report, "virtual", 1)
+    assert [(line["job"], line["who"]) for line in report["lines"]] == [
+        *((f"64 ranks, {n}", who) for n in virtual.LENGTHS for who in ("ring all-reduce", "send and recv")),
+        *((f"50 ranks train, {jobs.TINY.name}, 5 steps", who) for who in ("steps", "gradients", "whole run")),
+        *(("500 ranks, timing only", who) for who in ("digits MLP ×5", "7e9 parameters", "ring all-reduce")),
+        *((job.name, who) for job in jobs.MODELS for who in ("minidp ×1", "minidp ×2")),
+    ]
+    found = [
+        (line["comparison"]["what"], line["comparison"]["bar"]) for line in report["lines"] if "comparison" in line
+    ]
+    assert found == [
+        *(("1000 messages/s", bar) for bar in ("≥ 300", "≥ 300", "≥ 150", "≥ 150")),
+        ("steps / gradients", None),  # the bars are for 1000 ranks, and 10 000
+        ("seconds", None),
+        *[("predicted / real", "0.85–1.15")] * 6,
+    ]
+    for line in report["lines"][:4]:
+        assert line["messages_per_s"] == pytest.approx(2 * 63 * 64 / line["samples_s"][0])
+        assert line["comparison"]["median"] == pytest.approx(line["messages_per_s"] / 1000)
+    for line in report["lines"][-6:]:
+        assert line["predicted_ms"] == min(line["before_ms"], line["after_ms"])
+        assert line["comparison"]["median"] == pytest.approx(line["predicted_ms"] / line["ms"])
+    steps, gradients, whole = report["lines"][4:7]
+    assert steps["comparison"]["median"] == pytest.approx(steps["ms"] / gradients["ms"])
+    assert steps["ms"] < whole["ms"]
+    assert "SMOKE RUN of 1 round, not a measurement" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_bars_of_virtual_are_for_its_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual, "FULL", virtual.Size(ranks=2, timed_ranks=65))
+    with Screen() as screen:
+        trained = virtual.training(Rounds(1, 0.01), screen, virtual.FULL)
+        timed = virtual.timing(Rounds(1, 0.01), screen, virtual.FULL)
+    assert [str(line.result and line.result.bar) for line in (*trained, *timed)] == [
+        *("≤ 3", "None", "None"),
+        *("≤ 10", "None", "None"),
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_virtual_ranks_end_with_the_bench(number: signal.Signals) -> None:
+    code = """
+import sys
+from minidp.bench import cli
+from minidp.bench.screen import Screen
+Screen.tick = lambda self: print("burst", flush=True)
+sys.exit(cli.main(["virtual", "--pairs", "500", "--burst", "0.02"]))
+"""
+    script = leftovers.Script(code)
+    try:
+        script.wait_for_line("burst")
+        script.process.send_signal(number)
+        status, _, errors = script.finish()
+    finally:
+        script.clean()
+    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in errors
 
 
 @needs_mpich

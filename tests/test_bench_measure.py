@@ -6,17 +6,19 @@ import io
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from minidp.bench import allreduce, cli, contest, jobs, machine, measure, scaling
+from minidp.bench import allreduce, cli, contest, jobs, machine, measure, predict, scaling, virtual
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import Bar, Figure, compare, ratio
 from minidp.bench.report import Line, Report
 from minidp.bench.team import PeerFailed, Team
+from minidp.sim import Cluster
 
 
 class Runner:
@@ -45,7 +47,12 @@ def test_a_ratio_divides_within_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("bar", "below", "at", "above", "text"),
-    [(Bar(1.4), False, True, True, "≥ 1.4"), (Bar(1.4, at_least=False), True, True, False, "≤ 1.4")],
+    [
+        (Bar(1.4), False, True, True, "≥ 1.4"),
+        (Bar(1.4, at_least=False), True, True, False, "≤ 1.4"),
+        (Bar(1.4, most=1.45), False, True, False, "1.4–1.45"),
+        (Bar(1.2, most=1.4), True, True, False, "1.2–1.4"),
+    ],
 )
 def test_a_bar(bar: Bar, below: bool, at: bool, above: bool, text: str) -> None:
     assert [bar.met(value) for value in (1.3, 1.4, 1.5)] == [below, at, above]
@@ -77,6 +84,11 @@ def test_a_job_longer_than_a_burst_runs_once() -> None:
 def test_the_bars_are_those_of_the_project() -> None:
     limits = [bar.limit for nbytes in allreduce.SIZES if (bar := allreduce.bar(nbytes))]
     assert limits == [1.0, 1.0, 1.0, 0.95, 0.95, 0.95, 1.4, 3.0]
+    assert {payload: bar.limit for payload, bar in virtual.MESSAGES_BARS.items()} == {
+        "no payload": 300,
+        "38 kB a message": 150,
+    }
+    assert str(predict.BAND) == "0.85–1.15"
     assert measure.PROPER_PAIRS == 9
     assert Rounds(9, 0.1).proper
     assert not Rounds(8, 0.1).proper
@@ -85,6 +97,21 @@ def test_the_bars_are_those_of_the_project() -> None:
 def test_speedup_counts_the_samples_of_both_workers() -> None:
     assert scaling._speedup([1.0, 1.0], [1.0, 1.0], None).median == 2.0  # two steps' samples in a step's time
     assert scaling._speedup([1.0, 1.0], [2.0, 2.0], None).median == 1.0
+
+
+def test_virtual_ranks_of_one_process_share_a_clock() -> None:
+    assert virtual._last_end([(10.0, 12.0), (9.0, 11.0), (9.5, 12.5)]) == 3.5
+
+
+def test_what_is_predicted_is_trained() -> None:
+    """The bench's model has the job's weights, and its time is that of the cluster."""
+    model, state = predict.model_of(jobs.TINY), jobs.TINY.state()
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, state[name])
+    slow = Cluster(nodes=2, flops=1e9, latency_s=1e-3)
+    one_s, two_s = (predict.predicted_s(jobs.TINY, slow, workers) for workers in (1, 2))
+    assert one_s == pytest.approx(10 * predict.predicted_s(jobs.TINY, replace(slow, flops=1e10), 1))
+    assert two_s == pytest.approx(one_s + 1e-3 + 9610 * 4 / slow.bandwidth_bytes_per_s, rel=0.01)
 
 
 def test_jobs_are_the_same_for_everybody() -> None:
@@ -125,7 +152,7 @@ def test_sizes(text: str, nbytes: int) -> None:
         (["allreduce", "--sizes", "0"], "'0' is not a size"),
         (["step", "--pairs", "0"], "'0' is not a number of rounds: give 1 or more"),
         (["step", "--burst", "-1"], "'-1' is not a length of a burst"),
-        (["race"], "'?allreduce'?, '?step'?, '?scaling'?, '?startup'?"),
+        (["race"], "'?allreduce'?, '?step'?, '?scaling'?, '?startup'?, '?virtual'?"),
         ([], "required"),
     ],
 )

@@ -11,7 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from minidp.bench import allreduce, scaling, startup, step
+from minidp.bench import allreduce, scaling, startup, step, virtual
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import PROPER_PAIRS
 from minidp.bench.report import Report
@@ -38,6 +38,7 @@ BENCHES = {
     "step": "one training step in one thread: ours, PyTorch eager (1 minute)",
     "scaling": "2 workers against 1; PyTorch DDP, PyTorch + MPICH (2 minutes)",
     "startup": "import minidp over import numpy; a spawn until its function runs (20 s)",
+    "virtual": "the virtual world: messages/s, 1000 ranks train, 10 000 are timed, steps predicted (2 minutes)",
 }
 
 
@@ -72,6 +73,8 @@ def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report:
     if options.bench == "allreduce":
         sizes = options.sizes or (allreduce.QUICK_SIZES if options.quick else allreduce.SIZES)
         return allreduce.run(rounds, screen, sizes)
+    if options.bench == "virtual":
+        return virtual.run(rounds, screen, virtual.QUICK if options.quick else virtual.FULL)
     run: Callable[[Rounds, Screen], Report] = {"step": step, "scaling": scaling, "startup": startup}[
         options.bench
     ].run

@@ -20,15 +20,18 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that the issue of this bench sets."""
+    """A limit that the issue of this bench sets. With ``most`` a band: at least ``limit``, at most that."""
 
     limit: float
     at_least: bool = True
+    most: float = math.inf
 
     def met(self, value: float) -> bool:
-        return value >= self.limit if self.at_least else value <= self.limit
+        return self.limit <= value <= self.most if self.at_least else value <= self.limit
 
     def __str__(self) -> str:
+        if self.most < math.inf:
+            return f"{self.limit:g}–{self.most:g}"
         return f"{'≥' if self.at_least else '≤'} {self.limit:g}"
 
 

@@ -18,17 +18,47 @@ from minidp.comm.mailbox import kind_of
 from minidp.comm.venue import Venue
 from minidp.comm.work import Work
 from minidp.sim.loop import Task
+from minidp.sim.network import Path
 
 Array = npt.NDArray[Any]
 
 
 class Letter:
-    """A message that has left, with its array."""
+    """A message that has left. ``data`` None: it is already where it was waited for."""
 
     __slots__ = ("arrival", "data", "src")
 
-    def __init__(self, src: int, data: Array, arrival: float) -> None:
+    def __init__(self, src: int, data: Array | None, arrival: float) -> None:
         self.src, self.data, self.arrival = src, data, arrival
+
+
+class Receipt:
+    """A receive that has been posted, and its letter, once that has left."""
+
+    __slots__ = ("letter", "posted", "src", "tag", "waiter", "x")
+
+    def __init__(self, x: Array, src: int, tag: int, posted: float) -> None:
+        self.x, self.src, self.tag, self.posted = x, src, tag, posted
+        self.letter: Letter | None = None
+        self.waiter: Task | None = None
+
+    def take(self, task: Task, member: int) -> int:
+        """Let ``task``, of ``member``, wait until the letter has arrived; the member that sent it."""
+        came, letter = task.clock, self.letter
+        if letter is None:
+            self.waiter = task
+            task.block(self._place)
+            letter = self.letter
+            assert letter is not None
+        if letter.arrival > came:
+            arrived(task, letter, came)
+        if letter.data is not None:
+            put(self.x, letter.data, letter.src, self.tag, member)
+        return letter.src
+
+    def _place(self) -> str:
+        src = "any rank" if self.src == ANY else f"rank {self.src}"
+        return f"recv from {src}, tag {self.tag} ({kind_of(self.x)})"
 
 
 class Sending(Work):
@@ -48,55 +78,35 @@ class Sending(Work):
         task.clock = max(task.clock, self.left)
 
 
-class Receipt(Work):
-    """A receive that has been posted."""
+class Receiving(Work):
+    """A receive that goes on by itself."""
 
-    def __init__(self, venue: Venue, rank: int, member: int, x: Array, src: int, tag: int, posted: float) -> None:
-        self.venue, self.rank, self.member, self.src, self.tag = venue, rank, member, src, tag
-        self.x, self.posted = x, posted
-        self.letter: Letter | None = None
-        self.waiter: Task | None = None
+    def __init__(self, venue: Venue, rank: int, member: int, receipt: Receipt) -> None:
+        self.venue, self.rank, self.member, self.receipt = venue, rank, member, receipt
         self.taken: int | None = None
 
     def wait(self) -> int:
         if self.taken is None:
-            task = self.venue.here(self.rank)
-            came = task.clock
-            if self.letter is None:
-                self.waiter = task
-                task.block(self._place)
-            letter = self.letter
-            assert letter is not None
-            task.clock = came
-            arrived(task, letter)
-            put(self.x, letter, self.tag, self.member)
-            self.taken = letter.src
+            self.taken = self.receipt.take(self.venue.here(self.rank), self.member)
         return self.taken
 
-    def _place(self) -> str:
-        src = "any rank" if self.src == ANY else f"rank {self.src}"
-        return f"recv from {src}, tag {self.tag} ({kind_of(self.x)})"
+
+def arrived(task: Task, letter: Letter, came: float) -> None:
+    """The task has waited for the letter since ``came``."""
+    task.clock = letter.arrival
+    task.waited()
+    recorder = trace.current()
+    if recorder is not None:
+        recorder.add(f"recv from rank {letter.src}", "wait", came, letter.arrival)
 
 
-def arrived(task: Task, letter: Letter) -> None:
-    """Let the task's clock be no earlier than the letter's arrival."""
-    came, arrival = task.clock, letter.arrival
-    if arrival > came:
-        task.clock = arrival
-        task.waited()
-        recorder = trace.current()
-        if recorder is not None:
-            recorder.add(f"recv from rank {letter.src}", "wait", came, arrival)
-
-
-def put(x: Array, letter: Letter, tag: int, member: int) -> None:
-    """What the letter holds into ``x``."""
-    data = letter.data
+def put(x: Array, data: Array, src: int, tag: int, member: int) -> None:
+    """What ``src`` has sent into ``x``."""
     if x.size != data.size or x.dtype != data.dtype:
         raise CollectiveMismatch(
-            f"rank {letter.src} sent {kind_of(data)} with tag {tag}; rank {member} receives {kind_of(x)}"
+            f"rank {src} sent {kind_of(data)} with tag {tag}; rank {member} receives {kind_of(x)}"
         )
-    x[...] = data if x.ndim == 1 else data.reshape(x.shape)
+    x[...] = data if x.shape == data.shape else data.reshape(x.shape)
 
 
 class _Box:
@@ -114,25 +124,25 @@ class PostOffice:
 
     def __init__(self, venue: Venue, ranks: list[int]) -> None:
         self.venue, self.ranks = venue, ranks
+        self._loop, self._network = venue.loop, venue.network
         self._boxes: dict[tuple[int, int], _Box] = {}
 
     def send(self, member: int, x: Array, dst: int, tag: int) -> None:
         """Returns when the last byte has left."""
-        venue, ranks = self.venue, self.ranks
-        rank = ranks[member]
-        task = venue.here(rank)
-        if task.clock > venue.loop.now:
+        rank = self.ranks[member]
+        task = self.venue.here(rank)
+        if task.clock > self._loop.now:
             task.sleep()  # until the world's clock is there, too: others may have sent through the same links
-            venue.check(rank)
-        task.clock = self._post(member, rank, dst, ranks[dst], tag, x.flatten())
+            self.venue.check(rank)
+        task.clock = self._post(member, dst, tag, x)
 
     def begin_send(self, member: int, x: Array, dst: int, tag: int) -> Sending:
         venue, rank = self.venue, self.ranks[member]
-        task, data = venue.here(rank), x.flatten()
+        task, data = venue.here(rank), x.copy()
         sending = Sending(venue, rank, f"send to rank {dst}, tag {tag} ({kind_of(x)})")
 
         def post() -> None:
-            sending.left = self._post(member, rank, dst, self.ranks[dst], tag, data)
+            sending.left = self._post(member, dst, tag, data)
             if sending.waiter is not None:
                 sending.waiter.wake(sending.left)
 
@@ -144,27 +154,28 @@ class PostOffice:
 
     def recv(self, member: int, x: Array, src: int, tag: int) -> int:
         """Receive into ``x``; returns the member that sent it."""
-        rank = self.ranks[member]
-        box = self._box(member, tag)
-        if box.letters and not box.receipts and src != ANY:
-            for letter in box.letters:
+        task = self.venue.here(self.ranks[member])
+        box = self._boxes.get((member, tag)) or self._box(member, tag)
+        receipt = Receipt(x, src, tag, task.clock)
+        if box.letters and not box.receipts:
+            for i, letter in enumerate(box.letters):
                 if letter.src == src:  # the short way: it has left already, so when it arrives is known
-                    task = self.venue.here(rank)
-                    box.letters.remove(letter)
-                    arrived(task, letter)
-                    put(x, letter, tag, member)
-                    return src
-        return self.begin_recv(member, x, src, tag).wait()
+                    del box.letters[i]
+                    receipt.letter = letter
+                    return receipt.take(task, member)
+        box.receipts.append(receipt)
+        if box.letters:
+            self._serve(box)
+        return receipt.take(task, member)
 
-    def begin_recv(self, member: int, x: Array, src: int, tag: int) -> Receipt:
+    def begin_recv(self, member: int, x: Array, src: int, tag: int) -> Receiving:
         rank = self.ranks[member]
-        task = self.venue.here(rank)
-        receipt = Receipt(self.venue, rank, member, x, src, tag, task.clock)
+        receipt = Receipt(x, src, tag, self.venue.here(rank).clock)
         box = self._box(member, tag)
         box.receipts.append(receipt)
         if box.letters:
             self._serve(box)
-        return receipt
+        return Receiving(self.venue, rank, member, receipt)
 
     def _box(self, member: int, tag: int) -> _Box:
         box = self._boxes.get((member, tag))
@@ -172,24 +183,35 @@ class PostOffice:
             box = self._boxes[member, tag] = _Box()
         return box
 
-    def _post(self, src: int, rank: int, dst: int, dst_rank: int, tag: int, data: Array) -> float:
-        """Put a message into its sender's port now: when its last byte leaves."""
-        venue = self.venue
-        network, now, nbytes = venue.network, venue.loop.now, data.nbytes
-        path = network.path(rank, dst_rank)
+    def _post(self, src: int, dst: int, tag: int, x: Array) -> float:
+        """Put a message into its sender's port now: when its last byte leaves. ``x`` may change afterwards."""
+        network, now, nbytes = self._network, self._loop.now, x.nbytes
+        path = network.path(self.ranks[src], self.ranks[dst])
         start, left = network.leave(path, nbytes, now)
         if start > now:
-            venue.loop.at(
-                start,
-                lambda: self._deliver(Letter(src, data, network.arrive(path, nbytes, start, left)), dst, tag),
-            )
-        else:
-            self._deliver(Letter(src, data, network.arrive(path, nbytes, start, left)), dst, tag)
+            self._loop.at(start, partial(self._later, src, dst, tag, x.copy(), path, start, left))
+            return left
+        arrival = network.arrive(path, nbytes, start, left)
+        box = self._boxes.get((dst, tag)) or self._box(dst, tag)
+        if box.receipts and not box.letters:
+            receipt = box.receipts[0]
+            waiter, into = receipt.waiter, receipt.x
+            if receipt.src == src and waiter is not None and into.shape == x.shape and into.dtype == x.dtype:
+                into[...] = x  # the usual case: it is waited for, so one copy is enough
+                del box.receipts[0]
+                receipt.letter = Letter(src, None, arrival)
+                waiter.wake(arrival)
+                return left
+        self._deliver(box, Letter(src, x.copy(), arrival))
         return left
 
-    def _deliver(self, letter: Letter, dst: int, tag: int) -> None:
+    def _later(self, src: int, dst: int, tag: int, data: Array, path: Path, start: float, left: float) -> None:
+        """The message's first byte leaves now."""
+        arrival = self._network.arrive(path, data.nbytes, start, left)
+        self._deliver(self._box(dst, tag), Letter(src, data, arrival))
+
+    def _deliver(self, box: _Box, letter: Letter) -> None:
         """Its arrival is known: whoever waits for just this one need not wait for the event."""
-        box = self._box(dst, tag)
         box.letters.append(letter)
         if box.receipts:
             self._serve(box)

@@ -43,6 +43,17 @@ class Loop:
             self.events += 1
             action()
 
+    def hand_over(self) -> None:
+        """Leave the task that runs: to the hub, or at once to the task that is to go on next."""
+        heap = self._heap
+        action = heap[0][2] if heap else None
+        if isinstance(action, Task):  # half the switches, where tasks wake each other
+            self.now = heappop(heap)[0]
+            self.events += 1
+            action.switch()
+        else:
+            self.hub.switch()
+
     @property
     def hub(self) -> greenlet:
         """Where a task goes that waits."""
@@ -68,17 +79,20 @@ class Task(greenlet):  # type: ignore[misc]  # it has no types
         self.waits_for: Callable[[], str] | None = None
         """In words, while it waits."""
 
-    def block(self, what: Callable[[], str]) -> Any:
-        """Wait, in this task, until someone wakes it; returns what it was woken with."""
+    def __call__(self) -> None:
+        """Go on: a task may be an event's action."""
+        self.switch()
+
+    def block(self, what: Callable[[], str]) -> None:
+        """Wait, in this task, until someone wakes it."""
         self.waits_for = what
-        value = self.loop.hub.switch()
+        self.loop.hand_over()
         self.waits_for = None
-        return value
 
     def sleep(self) -> None:
         """Let the others go on until the loop's clock has reached this task's own."""
-        self.loop.at(self.clock, self.switch)
-        self.loop.hub.switch()
+        self.loop.at(self.clock, self)
+        self.loop.hand_over()
 
     def wake(self, time_s: float) -> None:
         """Let this task go on at ``time_s``, or at its own clock's time if that is later; if it waits at all."""
@@ -87,7 +101,7 @@ class Task(greenlet):  # type: ignore[misc]  # it has no types
         self.waits_for = None
         if time_s > self.clock:
             self.clock = time_s
-        self.loop.at(self.clock, self.switch)
+        self.loop.at(self.clock, self)
 
     def waited(self) -> None:
         """A wait is over."""
@@ -104,6 +118,7 @@ class Task(greenlet):  # type: ignore[misc]  # it has no types
             self.throw(GreenletExit)
 
 
-def in_task() -> bool:
-    """Whether the caller is a task of some loop."""
-    return isinstance(getcurrent(), Task)
+def rank_here() -> int | None:
+    """The rank whose task the caller runs in; None outside of all virtual worlds."""
+    task = getcurrent()
+    return task.rank if isinstance(task, Task) else None
