@@ -20,7 +20,7 @@ from minidp.sim.calibration import Probe, calibrate, fit, predict, prediction_er
 from minidp.sim.cluster import Cluster
 from tests import leftovers
 
-MODULE = sys.modules["minidp.sim.calibrate"]  # by this name: minidp.sim may call the function so
+MODULE = sys.modules["minidp.sim.calibration"]
 HOME = Path(__file__).resolve().parents[1]
 KNOWN = Cluster(
     nodes=2,
