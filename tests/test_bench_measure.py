@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from minidp.bench.contest import Rounds
 from minidp.bench.measure import Bar, Figure, compare, ratio
 from minidp.bench.report import Line, Report
 from minidp.bench.team import PeerFailed, Team
-from minidp.sim import Cluster
+from minidp.sim import Cluster, loop
 
 
 class Runner:
@@ -101,6 +102,25 @@ def test_speedup_counts_the_samples_of_both_workers() -> None:
 
 def test_virtual_ranks_of_one_process_share_a_clock() -> None:
     assert virtual._last_end([(10.0, 12.0), (9.0, 11.0), (9.5, 12.5)]) == 3.5
+
+
+def test_sigterm_between_two_ranks_is_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may strike a rank that has taken the next one's event off the heap, and not yet handed over to it."""
+    pop, struck = loop.heappop, []
+
+    def heappop(heap: list[Any]) -> Any:
+        event = pop(heap)
+        if loop.rank_here() is not None and not struck:
+            struck.append(event)
+            raise SystemExit(143)
+        return event
+
+    monkeypatch.setattr(loop, "heappop", heappop)
+    ranks = virtual.Ranks(virtual.send_and_recv, 0)
+    with pytest.raises(SystemExit) as ended:
+        ranks.burst(1)
+    assert ended.value.code == 143
+    assert struck
 
 
 def test_what_is_predicted_is_trained() -> None:

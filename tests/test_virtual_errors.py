@@ -217,7 +217,8 @@ def test_a_failure_reaches_the_others_in_its_time(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit(3), GreenletExit(), AssertionError("x"), minidp.CollectiveTimeout("t")]
+    "error",
+    [SystemExit(3), GreenletExit(), BaseException("any"), AssertionError("x"), minidp.CollectiveTimeout("t")],
 )
 def test_however_a_rank_ends_it_is_named(error: BaseException) -> None:
     def ends(comm: Any) -> None:

@@ -66,7 +66,9 @@ class Venue:
     def _life(self, rank: int, function: Callable[[], Any]) -> None:
         try:
             value = function()
-        except (Exception, SystemExit, GreenletExit) as error:
+        except KeyboardInterrupt:
+            raise  # of the person who started all ranks, whichever runs just then
+        except BaseException as error:  # also SystemExit and GreenletExit: a rank that ends so has failed
             if self._over and isinstance(error, GreenletExit):
                 raise
             # The others learn of it when their clocks are there: of two failures the earlier one is the first.
@@ -137,6 +139,8 @@ class Venue:
         if not left:
             return
         if all(task.waits_for is None for task in left):
+            if self.raised:  # a signal's exception struck a rank that was just handing over to one of these
+                raise _Hopeless(str(self._news))
             raise CommError(f"rank {left[0].rank} has gone elsewhere: a greenlet of its own has left its function")
         where = self.where_all_are()
         if self.returned:

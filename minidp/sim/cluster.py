@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from minidp import backend
 from minidp.sim.topology import Topology, make_topology
 
@@ -142,7 +144,7 @@ class Jitter:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or np.ndim(value) != 0:
         raise ValueError(f"{name}={value!r}: give a whole number")
     if value < least:
         raise ValueError(f"{name}={value}: give at least {least}")
@@ -150,16 +152,24 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 
 def _positive(name: str, value: Any) -> float:
-    if not _is_number(value) or not value > 0:
+    number = _number(value)
+    if not number > 0:
         raise ValueError(f"{name}={value!r}: give a positive number")
-    return float(value)
+    return number
 
 
 def _not_negative(name: str, value: Any) -> float:
-    if not _is_number(value) or not 0 <= value < math.inf:
+    number = _number(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name}={value!r}: give a number that is finite and not negative")
-    return float(value)
+    return number
 
 
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
+def _number(value: Any) -> float:
+    """As a float; NaN if it is no real number, or too large for one."""
+    if isinstance(value, bool | str | bytes) or np.ndim(value) != 0 or np.iscomplexobj(value):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
