@@ -31,6 +31,12 @@ Array = npt.NDArray[Any]
 EVENTS_UP_TO = 64  # ranks of a group whose messages pass one by one
 
 
+def passes_one_by_one(group: Group, movement: Movement) -> bool:
+    """Whether its messages are timed one by one: in small groups, and where waves would tell another time."""
+    several = movement.timed in ("direct", "direct_reduce", "direct_reduce_scatter", "gather", "scatter")
+    return group.size <= EVENTS_UP_TO or (group.venue.network.hops and several)
+
+
 class Payload(NamedTuple):
     """What a rank brings: its flat array, and the schedule that says what becomes of all of them."""
 
@@ -108,7 +114,7 @@ class Meeting:
                     return
         if self.movement is None:  # headers alone
             self._finish(self.start + (group.alpha if group.size > 1 else 0.0))
-        elif group.size <= EVENTS_UP_TO:
+        elif passes_one_by_one(group, self.movement):
             Transport(self, group.rounds(self.movement)).go_on()
         else:
             network = group.venue.network

@@ -136,8 +136,8 @@ def by_waves(group: Group, free: Floats, movement: Movement, start: float, gamma
     """When the movement ends that begins at ``start``; ``free``, when each link becomes free, is changed in place.
 
     Equal to the messages one by one, to the bit, if no others are under way, and, where ranks share links before
-    the last one, if no rank sends several messages in one step. Not where messages hop along a `Ring`: here they
-    take their place in all links when they leave, one by one when they get there.
+    the last one, if no rank sends several messages in one step. About equal where messages hop along a `Ring`:
+    here they take their place in all links when they leave, one by one when they get there.
     """
     name, root, length, itemsize = movement
     p = group.size

@@ -188,7 +188,7 @@ class PostOffice:
         network, now, nbytes = self._network, self._loop.now, x.nbytes
         path = network.path(self.ranks[src], self.ranks[dst])
         start, left = network.leave(path, nbytes, now)
-        if start > now:
+        if start > now or network.hops:
             self._loop.at(start, partial(self._later, src, dst, tag, x.copy(), path, start, left))
             return left
         arrival = network.arrive(path, nbytes, start, left)
@@ -207,8 +207,14 @@ class PostOffice:
 
     def _later(self, src: int, dst: int, tag: int, data: Array, path: Path, start: float, left: float) -> None:
         """The message's first byte leaves now."""
-        arrival = self._network.arrive(path, data.nbytes, start, left)
-        self._deliver(self._box(dst, tag), Letter(src, data, arrival))
+        self._network.follow(
+            self._loop,
+            path,
+            data.nbytes,
+            start,
+            left,
+            lambda arrival: self._deliver(self._box(dst, tag), Letter(src, data, arrival)),
+        )
 
     def _deliver(self, box: _Box, letter: Letter) -> None:
         """Its arrival is known: whoever waits for just this one need not wait for the event."""

@@ -47,7 +47,8 @@ class Running(Work):
     """A collective on a stream."""
 
     def __init__(self, stream: Stream, run: Callable[[], Any], posted: float) -> None:
-        self._stream, self._run, self.posted = stream, run, posted
+        self._stream, self.posted = stream, posted
+        self._run: Callable[[], Any] | None = run
         self._recorder = trace.current()
         self._done = False
         self._value: Any = None
@@ -57,12 +58,14 @@ class Running(Work):
 
     def run(self) -> None:
         """On the stream's task."""
+        run, self._run = self._run, None  # it holds arrays, which are not to live until somebody collects garbage
+        assert run is not None
         try:
             if self._recorder is None:
-                self._value = self._run()
+                self._value = run()
             else:
                 with trace.recording(self._recorder):
-                    self._value = self._run()
+                    self._value = run()
         except Exception as error:
             self._error = error
             self._stream.failed.append(self)

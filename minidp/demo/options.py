@@ -22,6 +22,7 @@ _CLUSTER: dict[str, Any] = {
     "ranks_per_node": 1,
     "plot": None,
 }
+PICTURES = (".png", ".svg", ".pdf")
 _OP_OVERHEAD_S = 2e-6  # of a small array operation, as on a usual processor
 
 
@@ -94,6 +95,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} {path}: this is a folder, give a file")
         if path is not None and not path.parent.is_dir():
             parser.error(f"--{name} {path}: there is no folder {path.parent}")
+    if args.plot is not None and args.plot.suffix not in PICTURES:
+        parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PICTURES)}")
+    nodes = [node for node, _ in args.straggler or ()]
+    if len(set(nodes)) < len(nodes):
+        parser.error("--straggler: a node is given twice")
 
 
 def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Cluster | None:

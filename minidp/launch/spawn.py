@@ -59,7 +59,8 @@ def spawn(
         blas_threads: BLAS threads a rank; default cores ÷ ranks. Logged at INFO, too few cores at WARNING. The
             virtual world has always one.
         timeout_s: how long a rank waits for another in a collective before CollectiveTimeout. In the virtual
-            world, where that can't happen, how long a rank may block outside of ``comm``.
+            world, where that can't happen, how long a rank may block outside of ``comm`` (if the caller is the
+            main thread; elsewhere nobody can interrupt it).
         progress: show each rank's steps, if standard error is a terminal, or in a notebook; False: never.
 
     Raises:

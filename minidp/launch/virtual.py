@@ -46,7 +46,9 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
     ):
         venue.run(lives)
     if venue.raised:
-        raise _failure(*venue.raised[0], world_size)
+        first = venue.raised[0]
+        venue.raised.clear()  # their tracebacks hold the ranks' arrays, and through them this venue
+        raise _failure(*first, world_size)
     return [venue.returned[rank] for rank in ranks]
 
 
@@ -71,7 +73,7 @@ def _tagged_records() -> Iterator[None]:
         rank = rank_here()
         if rank is not None:
             record.rank = rank
-            record.msg, record.args = f"[rank {rank}] {record.getMessage()}", None
+            record.msg = f"[rank {rank}] {record.msg}"
         return record
 
     logging.setLogRecordFactory(tagged)

@@ -35,13 +35,19 @@ def watching(venue: Venue, timeout_s: float) -> Iterator[None]:
         yield
         return
 
+    told: set[str] = set()
+
     def interrupt(_: int, frame: FrameType | None) -> None:
         task = getcurrent()
         who = f"rank {task.rank}" if isinstance(task, Task) else "the virtual world"
-        raise CommError(
+        text = (
             f"{who} has blocked outside of comm for {timeout_s:g} s, {_place(frame)}. In the virtual world all "
             "ranks share one thread, so no other rank runs meanwhile: let ranks wait for each other by comm alone"
         )
+        if who in told:  # it has caught the first one, and blocks again
+            raise SystemExit(text)
+        told.add(who)
+        raise CommError(text)
 
     before: Any = signal.signal(_SIGNAL, interrupt)
     over = threading.Event()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minidp.comm import Communicator
-from minidp.comm.meeting import EVENTS_UP_TO, Meeting, Transport
+from minidp.comm.meeting import Meeting, Transport, passes_one_by_one
 from minidp.comm.movement import Group, Movement, by_waves
 from minidp.comm.rehearsal import Collective, Compute, Entry, Rehearsal, Script, Tape, Wait
 from minidp.comm.venue import Venue
@@ -229,7 +229,7 @@ class _Network:
                 f"{entry}: there is no such schedule; minidp.comm.schedules has their names"
             ) from None
         movement = Movement(name, entry.root, entry.length * p**entry.scale, entry.itemsize)
-        if p <= EVENTS_UP_TO:
+        if passes_one_by_one(group, movement):
             end = self._one_by_one(movement, start)
         else:
             if movement not in self._durations:

@@ -12,6 +12,8 @@ import numpy as np
 from minidp import backend
 from minidp.sim.topology import Topology, make_topology
 
+_WILD = 5.0  # beyond this jitter most factors are 0 to rounding
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -69,12 +71,15 @@ class Cluster:
                 object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("latency_s", "local_latency_s", "op_overhead_s", "jitter"):
             object.__setattr__(self, name, _not_negative(name, getattr(self, name)))
+        if self.jitter > _WILD:
+            raise ValueError(f"jitter={self.jitter}: give at most {_WILD:g}; 0.1 is a usual machine, 1 a wild one")
         if not isinstance(self.stragglers, Mapping):
             raise ValueError(f"stragglers={self.stragglers!r}: give a mapping node → factor, such as {{3: 5.0}}")
         for node, factor in self.stragglers.items():
             if _whole("a straggler's node", node, 0) >= self.nodes:
                 raise ValueError(f"straggler {node} is beyond the cluster: its nodes are 0 to {self.nodes - 1}")
-            _positive(f"the factor of straggler {node}", factor)
+            if math.isinf(_positive(f"the factor of straggler {node}", factor)):
+                raise ValueError(f"the factor of straggler {node} is infinite: a node that never ends is no node")
         object.__setattr__(self, "stragglers", {int(k): float(v) for k, v in self.stragglers.items()})
         object.__setattr__(self, "topology", make_topology(self.topology, self.nodes))
 
@@ -153,7 +158,7 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 def _positive(name: str, value: Any) -> float:
     number = _number(value)
-    if not number > 0:
+    if not number > 0 or math.isinf(1 / number):
         raise ValueError(f"{name}={value!r}: give a positive number")
     return number
 
