@@ -13,14 +13,7 @@ import minidp
 from minidp import nn, optim, parallel
 from minidp.comm import AVG
 from minidp.nn import functional as F
-
-
-def told(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+from tests.told import told
 
 
 def goes_on_after_a_timeout(comm: Any) -> list[str]:

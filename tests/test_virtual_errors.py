@@ -17,6 +17,7 @@ from minidp import comm as room
 from minidp.comm import ANY, MAX
 from minidp.comm.errors import RankMismatch
 from minidp.sim import Cluster
+from tests.told import told
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -30,14 +31,6 @@ def failure(fn: Any, world_size: int, *args: Any, **options: Any) -> minidp.Rank
         run(fn, world_size, *args, **options)
     assert run(lambda comm: comm.rank, 2) == [0, 1], "the next run knows nothing of it"
     return caught.value
-
-
-def told(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 # --- nobody can go on ---------------------------------------------------------------------------------------

@@ -17,20 +17,13 @@ import pytest
 
 import minidp
 from minidp.sim import Cluster, FatTree, Ring
+from tests.told import told
 
 pytestmark = pytest.mark.timeout(30)
 
 
 def run(fn: Any, world_size: int, *args: Any, **options: Any) -> list[Any]:
     return minidp.spawn(fn, world_size, *args, world="virtual", **options)
-
-
-def told(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 # --- arrays -------------------------------------------------------------------------------------------------

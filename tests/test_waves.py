@@ -169,7 +169,7 @@ def both_ways(cluster: Cluster, p: int, movement: Movement, free: list[float]) -
         ends: list[float] = []
         if waved:
             vector = np.array(links)
-            ends.append(by_waves(group, vector, movement, 1.0, cluster.reduce_seconds_per_byte))
+            ends.append(by_waves(group, vector, movement, 1.0))
             links[:] = vector.tolist()
         else:
             met = Meeting(group, 1)

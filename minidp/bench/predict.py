@@ -5,37 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from minidp import nn, optim, parallel
 from minidp.bench.contest import Rounds, contest
-from minidp.bench.jobs import LEARNING_RATE, MODELS, Training
+from minidp.bench.jobs import MODELS, Training
 from minidp.bench.measure import Bar, Figure
+from minidp.bench.peers.ours import strategy_of
 from minidp.bench.report import Line
 from minidp.bench.roster import OURS_1, OURS_2
 from minidp.bench.screen import Screen
 from minidp.bench.team import PeerFailed
-from minidp.comm import Communicator
 from minidp.nn.functional import cross_entropy
-from minidp.parallel.strategy import Strategy
 from minidp.parallel.timing import rehearse, replay
 from minidp.sim import Cluster, calibrate
 
 BAND = Bar(0.85, most=1.15)
-
-
-def model_of(job: Training) -> nn.Module:
-    """The job's MLP with its initial weights."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in zip(job.widths, job.widths[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
-    model.load_state_dict(job.state())
-    return model
-
-
-def strategy_of(job: Training, comm: Communicator) -> Strategy:
-    """What trains it."""
-    model = model_of(job)
-    return parallel.DataParallel(model, optim.SGD(model.parameters(), lr=LEARNING_RATE), comm)
 
 
 def predicted_s(job: Training, cluster: Cluster, workers: int) -> float:

@@ -27,7 +27,7 @@ from minidp.bench.contest import Rounds
 from minidp.bench.jobs import TINY
 from minidp.bench.machine import Neighbours
 from minidp.bench.measure import Bar, Figure, ratio
-from minidp.bench.predict import model_of, strategy_of
+from minidp.bench.peers.ours import model_of, strategy_of
 from minidp.bench.report import Line, Report
 from minidp.bench.screen import Screen
 from minidp.comm import Communicator, RankFailed

@@ -183,6 +183,41 @@ class Board:
         return bytes(self._view[start : start + length]).decode(errors="replace")
 
 
+def describe(header: str, sequence: int, group: str) -> str:
+    """``all_reduce #412 (float32 (784, 512), sum)``, from a collective's header, number and group."""
+    operation, _, rest = header.partition(" ")
+    return f"{operation} #{sequence}{_of(group)}" + (f" ({rest})" if rest else "")
+
+
+def disagreement(said: dict[str, list[int]], sequence: int, group: str) -> str:
+    """What CollectiveMismatch tells where ranks bring different headers: {header: ranks}."""
+    what = "; ".join(name_ranks(ranks, f"called {text}") for text, ranks in said.items())
+    return (
+        f"the ranks disagree at collective #{sequence}{_of(group)}: {what}. All ranks must call the same "
+        "operations in the same order, with equal shapes and dtypes"
+    )
+
+
+def stuck(where: str) -> str:
+    """What it tells where all wait for each other; ``where`` they all are."""
+    return (
+        f"ranks wait for each other and none can go on: {where}. All ranks must call the same operations in the "
+        "same order"
+    )
+
+
+def left_waiting(where: str) -> str:
+    """What it tells where ranks wait for one that has returned."""
+    return (
+        f"{where}. A rank that returns must leave nobody waiting: all ranks must call the same operations in the "
+        "same order"
+    )
+
+
+def _of(group: str) -> str:
+    return "" if group == "world" else f" of {group}"
+
+
 def name_places(places: dict[str, list[int]]) -> str:
     """``rank 2 returned; ranks 0, 1, 3 wait in …``, from {place: ranks}; those who have returned come first."""
     order = sorted(places, key=lambda place: (place != "returned", places[place]))

@@ -13,17 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from minidp.comm.transfers import Schedule, chunk_bounds
+from minidp.comm.transfers import Schedule, chunk_bounds, log2_ceil, log2_floor
 
 Formula = Callable[[int, float, float, float, float], float]
-
-
-def _log2_floor(p: int) -> int:
-    return p.bit_length() - 1
-
-
-def _log2_ceil(p: int) -> int:
-    return (p - 1).bit_length()
 
 
 def ring(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> float:
@@ -33,23 +25,23 @@ def ring(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> flo
 
 def binomial_tree(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> float:
     """2⌈log₂ p⌉(α + nβ) + ⌈log₂ p⌉nγ."""
-    return 2 * _log2_ceil(p) * (alpha + n * beta) + _log2_ceil(p) * n * gamma
+    return 2 * log2_ceil(p) * (alpha + n * beta) + log2_ceil(p) * n * gamma
 
 
 def fold(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> float:
     """2α + 2nβ + nγ to fold p ranks into p' = 2^⌊log₂ p⌋ and back; nothing if p is a power of two."""
-    return 0.0 if p == 1 << _log2_floor(p) else 2 * alpha + 2 * n * beta + n * gamma
+    return 0.0 if p == 1 << log2_floor(p) else 2 * alpha + 2 * n * beta + n * gamma
 
 
 def recursive_doubling(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> float:
     """log₂ p' (α + nβ + nγ), plus the fold."""
-    return _log2_floor(p) * (alpha + n * beta + n * gamma) + fold(p, n, alpha, beta, gamma)
+    return log2_floor(p) * (alpha + n * beta + n * gamma) + fold(p, n, alpha, beta, gamma)
 
 
 def halving_doubling(p: int, n: float, alpha: float, beta: float, gamma: float = 0.0) -> float:
     """2 log₂ p' α + 2((p'−1)/p')nβ + ((p'−1)/p')nγ, plus the fold, where p' divides n."""
-    share = 1 - 1 / (1 << _log2_floor(p))
-    inside = 2 * _log2_floor(p) * alpha + 2 * share * n * beta + share * n * gamma
+    share = 1 - 1 / (1 << log2_floor(p))
+    inside = 2 * log2_floor(p) * alpha + 2 * share * n * beta + share * n * gamma
     return inside + fold(p, n, alpha, beta, gamma)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from minidp.comm.board import name_ranks
+from minidp.comm.board import disagreement
 from minidp.comm.errors import CollectiveMismatch
 from minidp.comm.movement import Group, Movement, Round, by_waves
 from minidp.comm.reduction import ReduceOp
@@ -91,12 +91,7 @@ class Meeting:
         said: dict[str, list[int]] = {}
         for member in sorted(self.headers):
             said.setdefault(self.headers[member], []).append(self.group.ranks[member])
-        what = "; ".join(name_ranks(ranks, f"called {text}") for text, ranks in said.items())
-        where = "" if self.group.name == "world" else f" of {self.group.name}"
-        return (
-            f"the ranks disagree at collective #{self.sequence}{where}: {what}. All ranks must call the same "
-            "operations in the same order, with equal shapes and dtypes"
-        )
+        return disagreement(said, self.sequence, self.group.name)
 
     # -- when all are here -------------------------------------------------------------------------------
 
@@ -119,7 +114,7 @@ class Meeting:
         else:
             network = group.venue.network
             free = np.array(network.free)
-            end = by_waves(group, free, self.movement, self.start, group.gamma)
+            end = by_waves(group, free, self.movement, self.start)
             network.free[:] = free.tolist()
             self._finish(end)
 

@@ -60,12 +60,6 @@ class Group:
         self._traffic: dict[Movement, Traffics] = {}
         self._routes: dict[Pattern, list[Stage]] = {}
 
-    def describe(self, sequence: int, header: str) -> str:
-        """``all_reduce #412 (float32 (784, 512), sum)``."""
-        operation, _, rest = header.partition(" ")
-        where = "" if self.name == "world" else f" of {self.name}"
-        return f"{operation} #{sequence}{where}" + (f" ({rest})" if rest else "")
-
     def fastest(self, nbytes: int) -> str:
         """The all-reduce of the least cost for that many bytes, by the cost model."""
         return costs.fastest(self.size, nbytes, self.alpha, self.beta, self.gamma)
@@ -132,7 +126,7 @@ def port_order(m: Message, world_size: int) -> tuple[int, int, int]:
 # --- as vectors -------------------------------------------------------------------------------------------
 
 
-def by_waves(group: Group, free: Floats, movement: Movement, start: float, gamma: float) -> float:
+def by_waves(group: Group, free: Floats, movement: Movement, start: float) -> float:
     """When the movement ends that begins at ``start``; ``free``, when each link becomes free, is changed in place.
 
     Equal to the messages one by one, to the bit, if no others are under way, and, where ranks share links before
@@ -150,7 +144,7 @@ def by_waves(group: Group, free: Floats, movement: Movement, start: float, gamma
             end = max(end, float(travel(free, group.route(pattern), nbytes, start).max()))
             if reduce:
                 np.add.at(added, pattern.dst, nbytes)
-        start = end + int(added.max()) * gamma
+        start = end + int(added.max()) * group.gamma
     return start
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from minidp.comm.arena import Arena, Bytes, round_up
-from minidp.comm.board import name_ranks
+from minidp.comm.board import describe, disagreement
 from minidp.comm.errors import CollectiveMismatch, CommError
 from minidp.comm.vigil import Watch
 from minidp.comm.word import LINE, SPINS, Word, fence
@@ -151,9 +151,7 @@ class Rendezvous:
 
     def describe(self, header: Header) -> str:
         """``all_reduce #412 (float32 (784, 512), sum)``, for messages."""
-        operation, _, rest = header.text.decode(errors="replace").partition(" ")
-        where = "" if self.name == "world" else f" of {self.name}"
-        return f"{operation} #{self.sequence}{where}" + (f" ({rest})" if rest else "")
+        return describe(header.text.decode(errors="replace"), self.sequence, self.name)
 
     def _wait(self, word: Word, generation: int, header: Header, since: float) -> None:
         def absent() -> list[int]:
@@ -176,12 +174,7 @@ class Rendezvous:
             if words[4] != self.sequence:
                 text += f" as collective #{words[4]}"
             said.setdefault(text, []).append(self.ranks[i])
-        what = "; ".join(name_ranks(ranks, f"called {text}") for text, ranks in said.items())
-        where = "" if self.name == "world" else f" of {self.name}"
-        return (
-            f"the ranks disagree at collective #{self.sequence}{where}: {what}. All ranks must call the same "
-            "operations in the same order, with equal shapes and dtypes"
-        )
+        return disagreement(said, self.sequence, self.name)
 
 
 def _at(parity: int) -> int:

@@ -17,7 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from minidp.comm.transfers import Message, Schedule, Transfer, bytes_sent, chunk_bounds, simulate
+from minidp.comm.transfers import (
+    Message,
+    Schedule,
+    Transfer,
+    bytes_sent,
+    chunk_bounds,
+    log2_ceil,
+    log2_floor,
+    simulate,
+)
 
 __all__ = [
     "ALL_REDUCE",
@@ -54,14 +63,6 @@ def _ranks(world_size: int, root: int = 0) -> range:
     return range(world_size)
 
 
-def _log2_ceil(p: int) -> int:
-    return (p - 1).bit_length()
-
-
-def _log2_floor(p: int) -> int:
-    return p.bit_length() - 1
-
-
 def _in_a_row(name: str, first: Schedule, second: Schedule) -> Schedule:
     later = [t._replace(step=t.step + first.steps) for t in second.transfers]
     return Schedule(name, first.world_size, first.chunks, (*first.transfers, *later))
@@ -79,7 +80,7 @@ def broadcast(world_size: int, src: int = 0) -> Schedule:
     p = len(_ranks(world_size, src))
     transfers = [
         Transfer(step, (src + i) % p, (src + i + 2**step) % p, 0, "copy")
-        for step in range(_log2_ceil(p))
+        for step in range(log2_ceil(p))
         for i in range(min(2**step, p - 2**step))
     ]
     return Schedule("broadcast", p, 1, tuple(transfers))
@@ -213,8 +214,8 @@ def recursive_doubling(world_size: int) -> Schedule:
     Bytes a rank: n·log₂ p'. Cost log₂ p' (α + nβ + nγ). With p' = 2^⌊log₂ p⌋, and the fold where p' < p.
     Both of a pair add the same two numbers, so all ranks end with the same bits.
     """
-    p = 2 ** _log2_floor(len(_ranks(world_size)))
-    core = [Transfer(k, r, r ^ 2**k, 0, "reduce") for k in range(_log2_floor(p)) for r in range(p)]
+    p = 2 ** log2_floor(len(_ranks(world_size)))
+    core = [Transfer(k, r, r ^ 2**k, 0, "reduce") for k in range(log2_floor(p)) for r in range(p)]
     return _folded("recursive_doubling", world_size, 1, core)
 
 
@@ -227,8 +228,8 @@ def halving_doubling(world_size: int) -> Schedule:
     Bytes a rank: 2(p'−1)/p'·n. Cost 2 log₂ p' α + 2((p'−1)/p')nβ + ((p'−1)/p')nγ. With p' = 2^⌊log₂ p⌋,
     and the fold where p' < p.
     """
-    p = 2 ** _log2_floor(len(_ranks(world_size)))
-    halvings = _log2_floor(p)
+    p = 2 ** log2_floor(len(_ranks(world_size)))
+    halvings = log2_floor(p)
     core: list[Transfer] = []
     for step in range(2 * halvings):
         halving = step < halvings
@@ -245,7 +246,7 @@ def _folded(name: str, world_size: int, chunks: int, core: list[Transfer]) -> Sc
 
     For p' < p this adds 2 steps, n bytes sent by each rank of such a pair, and 2α + 2nβ + nγ.
     """
-    half = 2 ** _log2_floor(world_size)
+    half = 2 ** log2_floor(world_size)
     if half == world_size:
         return Schedule(name, world_size, chunks, tuple(core))
     pairs = [(r - half, r, chunk) for r in range(half, world_size) for chunk in range(chunks)]

@@ -120,6 +120,14 @@ class Schedule:
         return self._parts[rank]
 
 
+def log2_floor(p: int) -> int:
+    return p.bit_length() - 1
+
+
+def log2_ceil(p: int) -> int:
+    return (p - 1).bit_length()
+
+
 def chunk_bounds(n: int, chunks: int) -> Bounds:
     """Cut n elements into `chunks` slices (start, stop): sizes differ by at most 1, the longest come first."""
     if n < 0 or chunks < 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent
 
-from minidp.comm.board import name_places
+from minidp.comm.board import left_waiting, name_places, stuck
 from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed
 from minidp.sim.cluster import Cluster
 from minidp.sim.computer import Computer
@@ -143,16 +143,7 @@ class Venue:
                 raise _Hopeless(str(self._news))
             raise CommError(f"rank {left[0].rank} has gone elsewhere: a greenlet of its own has left its function")
         where = self.where_all_are()
-        if self.returned:
-            verdict = (
-                f"{where}. A rank that returns must leave nobody waiting: all ranks must call the same operations "
-                "in the same order"
-            )
-        else:
-            verdict = (
-                f"ranks wait for each other and none can go on: {where}. All ranks must call the same operations "
-                "in the same order"
-            )
+        verdict = left_waiting(where) if self.returned else stuck(where)
         self._tell(CollectiveMismatch(verdict))
 
     def where_all_are(self) -> str:

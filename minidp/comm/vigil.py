@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Protocol
 
 from minidp.comm.arena import Arena
-from minidp.comm.board import NOBODY, RETURNED, Board, Wait, name_ranks
+from minidp.comm.board import NOBODY, RETURNED, Board, Wait, left_waiting, name_ranks, stuck
 from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed
 from minidp.comm.word import SLEEP_S, Word
 
@@ -139,8 +139,7 @@ class Vigil:
         if suspects and suspects.keys() == self._suspects.keys():
             before = self._suspects
             if all(s == before[r][0] and naps > before[r][1] + 1 for r, (s, naps) in suspects.items()):
-                verdict = f"ranks wait for each other and none can go on: {board.where_all_are()}"
-                board.condemn(f"{verdict}. All ranks must call the same operations in the same order")
+                board.condemn(stuck(board.where_all_are()))
             return  # the first look at them stays, until they have napped twice or moved
         self._suspects = suspects
 
@@ -152,10 +151,7 @@ class Vigil:
             settled = time.monotonic() + SETTLE_S
             while time.monotonic() < settled and board.verdict() is None and not board.all_wait_or_returned():
                 time.sleep(SLEEP_S)  # so that those who are about to wait as well are named too
-            board.condemn(
-                f"{board.where_all_are()}. A rank that returns must leave nobody waiting: all ranks must call "
-                "the same operations in the same order"
-            )
+            board.condemn(left_waiting(board.where_all_are()))
             raise CollectiveMismatch(board.verdict())  # of who came first: all say the same
 
     def _stuck(self, board: Board) -> dict[int, tuple[int, int]]:

@@ -15,6 +15,7 @@ from greenlet import getcurrent
 
 from minidp import trace
 from minidp.comm import execute
+from minidp.comm.board import describe
 from minidp.comm.communicator import ANY, Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.meeting import Meeting, Payload
@@ -211,7 +212,7 @@ class VirtualCommunicator(Communicator):
         meeting.movement = movement
         came = task.clock
         meeting.arrive(self.rank, task, header, note, payload)
-        task.block(lambda: group.describe(sequence, header))
+        task.block(lambda: describe(header, sequence, group.name))
         task.waited()
         if movement is not None:
             traffic = group.traffic(movement)

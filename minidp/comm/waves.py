@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from minidp.comm.transfers import log2_ceil, log2_floor
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -71,7 +73,7 @@ def _reversed(pattern: Pattern) -> Pattern:
 @lru_cache(maxsize=64)
 def _extras(p: int) -> Pattern:
     """From the ranks beyond the largest power of two to their partners below it."""
-    half = 2 ** _log2_floor(p)
+    half = 2 ** log2_floor(p)
     return Pattern(np.arange(half, p), np.arange(p - half))
 
 
@@ -80,14 +82,6 @@ def _to_root(p: int, root: int) -> Pattern:
     others = (root + np.arange(1, p)) % p
     others = others[np.argsort((root - others) % p, kind="stable")]
     return Pattern(others, np.full(p - 1, root))
-
-
-def _log2_floor(p: int) -> int:
-    return p.bit_length() - 1
-
-
-def _log2_ceil(p: int) -> int:
-    return (p - 1).bit_length()
 
 
 def _whole(pattern: Pattern, reduce: bool, chunks: int = 1) -> Wave:
@@ -120,29 +114,29 @@ def _ring(p: int, root: int = 0) -> Steps:
 
 
 def _broadcast(p: int, root: int = 0) -> Steps:
-    for step in range(_log2_ceil(p)):
+    for step in range(log2_ceil(p)):
         yield [_whole(_tree(p, root, step), False)]
 
 
 def _binomial_tree(p: int, root: int = 0) -> Steps:
-    for step in reversed(range(_log2_ceil(p))):
+    for step in reversed(range(log2_ceil(p))):
         yield [_whole(_reversed(_tree(p, 0, step)), True)]
     yield from _broadcast(p)
 
 
 def _recursive_doubling(p: int, root: int = 0) -> Steps:
-    half = 2 ** _log2_floor(p)
-    core = ([_whole(_exchange(half, 2**k, p), True)] for k in range(_log2_floor(p)))
+    half = 2 ** log2_floor(p)
+    core = ([_whole(_exchange(half, 2**k, p), True)] for k in range(log2_floor(p)))
     yield from _folded(p, 1, core)
 
 
 def _halving_doubling(p: int, root: int = 0) -> Steps:
-    half = 2 ** _log2_floor(p)
+    half = 2 ** log2_floor(p)
     yield from _folded(p, half, _halvings_and_doublings(half, p))
 
 
 def _halvings_and_doublings(p: int, world_size: int) -> Steps:
-    steps = _log2_floor(p)
+    steps = log2_floor(p)
     for step in range(2 * steps):
         halving = step < steps
         d = p >> (step + 1) if halving else 1 << (step - steps)
@@ -152,7 +146,7 @@ def _halvings_and_doublings(p: int, world_size: int) -> Steps:
 
 
 def _folded(p: int, chunks: int, core: Steps) -> Steps:
-    if p == 2 ** _log2_floor(p):
+    if p == 2 ** log2_floor(p):
         yield from core
         return
     yield [_whole(_extras(p), True, chunks)]
@@ -198,7 +192,7 @@ _ALGORITHMS: dict[str, tuple[Callable[[int, int], Steps], Callable[[int], int]]]
     "ring": (_ring, lambda p: p),
     "binomial_tree": (_binomial_tree, lambda p: 1),
     "recursive_doubling": (_recursive_doubling, lambda p: 1),
-    "halving_doubling": (_halving_doubling, lambda p: 2 ** _log2_floor(p)),
+    "halving_doubling": (_halving_doubling, lambda p: 2 ** log2_floor(p)),
     "direct": (_direct, lambda p: 1),
     "broadcast": (_broadcast, lambda p: 1),
     "all_gather": (_all_gather, lambda p: p),

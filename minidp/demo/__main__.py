@@ -88,8 +88,7 @@ def in_processes(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.
 def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Event]]:
     """Timed on the virtual clock, where one run is as good as many."""
     cluster: Cluster = args.cluster
-    alone = replace(cluster, nodes=2, topology="switch", stragglers={})
-    one = minidp.spawn(train, 1, replace(job, balance=False), world="virtual", cluster=alone)
+    one = minidp.spawn(train, 1, replace(job, balance=False), world="virtual", cluster=_alone(cluster))
     many = minidp.spawn(train, args.workers, replace(job, record=True), world="virtual", cluster=cluster)
     weak_job = replace(job, global_batch_size=args.workers * job.global_batch_size, copies=args.workers)
     speedup_weak = args.workers * report.step_s(one) / predicted_step_s(weak_job, args.workers, cluster)
@@ -103,10 +102,14 @@ def predict(args: Namespace, job: Job, cluster: Cluster) -> tuple[float, float |
 
     None for what it can't foretell: balanced shares, and messages through queues, which calibration does not time.
     """
-    alone = replace(cluster, nodes=2, topology="switch", stragglers={})
-    one = predicted_step_s(job, 1, alone)
+    one = predicted_step_s(job, 1, _alone(cluster))
     unknown = job.balance or (job.naive and args.cluster is None)
     return one, None if unknown else predicted_step_s(job, args.workers, cluster)
+
+
+def _alone(cluster: Cluster) -> Cluster:
+    """What one worker by itself runs on: an ordinary node."""
+    return replace(cluster, nodes=1, topology="switch", stragglers={})
 
 
 if __name__ == "__main__":

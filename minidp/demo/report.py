@@ -14,6 +14,7 @@ from rich.table import Table
 from minidp.demo.train import Job, Result
 from minidp.sim import Cluster
 from minidp.trace import Event, as_text
+from minidp.trace.lanes import time_unit
 
 LANES = 8  # of a timeline in the terminal
 
@@ -221,10 +222,8 @@ def show_timeline(console: Console, events: list[Event], cluster: Cluster) -> No
 def seconds(value: float | None) -> str:
     if value is None:
         return "–"
-    for unit_s, unit in ((1.0, "s"), (1e-3, "ms")):
-        if value >= unit_s:
-            return f"{value / unit_s:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
+    unit_s, unit = time_unit(value, digits=3)
+    return f"{value / unit_s:.3g} {unit}"
 
 
 def as_dict(result: Outcome) -> dict[str, Any]:

@@ -142,16 +142,21 @@ def _failure(worker: Worker, world_size: int) -> Exception | None:
         cause = None
         with contextlib.suppress(Exception):  # a class that only the worker knows: the traceback tells all
             cause = pickle.loads(data)
-        failed = class_for(cause)(f"{who} raised {kind}: {text}", worker.rank)
-        failed.add_note(f"\nTraceback of rank {worker.rank}:\n{trace}")
-        failed.__cause__ = cause
-        return failed
+        return failure_of(worker.rank, world_size, f"{kind}: {text}", trace, cause)
     if worker.gone and worker.outcome is None:
         return RankFailed(f"{who} {_how_it_ended(worker.process.exitcode)}", worker.rank)
     return None
 
 
-def class_for(cause: BaseException | None) -> type[RankFailed]:
+def failure_of(rank: int, world_size: int, what: str, trace: str, cause: BaseException | None) -> RankFailed:
+    """What ``spawn`` raises where a rank has raised ``what``, with its traceback as a note."""
+    failed = _class_for(cause)(f"rank {rank} of {world_size} raised {what}", rank)
+    failed.add_note(f"\nTraceback of rank {rank}:\n{trace}")
+    failed.__cause__ = cause
+    return failed
+
+
+def _class_for(cause: BaseException | None) -> type[RankFailed]:
     """RankFailed; for disagreement and absence one that can be caught as that error too."""
     if isinstance(cause, CollectiveMismatch):
         return RankMismatch

@@ -18,7 +18,7 @@ from minidp.comm.post import PostOffice
 from minidp.comm.traffic import Traffic
 from minidp.comm.venue import Venue
 from minidp.comm.virtual import VirtualCommunicator
-from minidp.launch.supervise import class_for
+from minidp.launch.supervise import failure_of
 from minidp.launch.watchdog import watching
 from minidp.sim import Cluster
 from minidp.sim.loop import rank_here
@@ -46,9 +46,10 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
     ):
         venue.run(lives)
     if venue.raised:
-        first = venue.raised[0]
+        rank, error = venue.raised[0]
         venue.raised.clear()  # their tracebacks hold the ranks' arrays, and through them this venue
-        raise _failure(*first, world_size)
+        trace = "".join(traceback.format_exception(error))
+        raise failure_of(rank, world_size, f"{type(error).__name__}: {error}", trace, error)
     return [venue.returned[rank] for rank in ranks]
 
 
@@ -92,11 +93,3 @@ def _life(function: bytes, comm: VirtualCommunicator) -> Callable[[], Any]:
             comm.close()
 
     return life
-
-
-def _failure(rank: int, error: BaseException, world_size: int) -> Exception:
-    text = f"rank {rank} of {world_size} raised {type(error).__name__}: {error}"
-    failed = class_for(error)(text, rank)
-    failed.add_note(f"\nTraceback of rank {rank}:\n{''.join(traceback.format_exception(error))}")
-    failed.__cause__ = error
-    return failed

@@ -245,7 +245,7 @@ class _Network:
             # Its 2(p − 1) steps are alike: some rank always has a longest chunk. As waves they took O(p²).
             longest = -(-movement.length // group.size) * movement.itemsize
             return (group.size - 1) * (2 * (group.alpha + longest * group.beta) + longest * group.gamma)
-        return by_waves(group, np.zeros(len(group.venue.network.free)), movement, 0.0, group.gamma)
+        return by_waves(group, np.zeros(len(group.venue.network.free)), movement, 0.0)
 
     def _one_by_one(self, movement: Movement, start: float) -> float:
         """When it ends that begins at ``start``: message by message, as in the virtual world."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from minidp.plan.study import Job, Point, pays_up_to
 from minidp.sim import Cluster, FatTree, Ring, Topology
+from minidp.trace.lanes import time_unit
 
 _BAR = 12  # characters of a perfect efficiency
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -131,10 +132,8 @@ def seconds(value: float) -> str:
     """1.23 ms."""
     if value == 0:
         return "0"
-    for unit_s, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= 0.9995 * unit_s:  # rounded, 1.00
-            return f"{rounded(value / unit_s)} {unit}"
-    return f"{rounded(value * 1e9)} ns"
+    unit_s, unit = time_unit(value, digits=3)
+    return f"{rounded(value / unit_s)} {unit}"
 
 
 def number(value: float) -> str:

@@ -126,9 +126,9 @@ def overlapped_s(lane: Lane) -> float:
     return total
 
 
-def time_unit(duration_s: float) -> tuple[float, str]:
-    """(seconds, name) of the unit in which a duration is best told: s, ms, µs or ns."""
+def time_unit(duration_s: float, digits: int = 4) -> tuple[float, str]:
+    """(seconds, name) of the unit in which a duration is best told in so many digits: s, ms, µs or ns."""
     for unit_s, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if duration_s >= 0.99995 * unit_s:  # four digits of less than that do not round up to 1
+        if duration_s >= (1 - 0.5 * 10.0**-digits) * unit_s:  # what is less does not round up to 1
             return unit_s, name
     return 1e-9, "ns"

@@ -9,9 +9,26 @@ import numpy as np
 import threadpoolctl
 
 import minidp
+from minidp import nn, optim, parallel
 from minidp.bench.jobs import LEARNING_RATE, AllReduce, Training
 from minidp.bench.peers.serve import Contestant, serve
 from minidp.comm import Communicator, comm_self
+
+
+def model_of(job: Training) -> nn.Module:
+    """The job's MLP with its initial weights."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(job.widths, job.widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    model.load_state_dict(job.state())
+    return model
+
+
+def strategy_of(job: Training, comm: Communicator) -> parallel.Strategy:
+    """What trains it."""
+    model = model_of(job)
+    return parallel.DataParallel(model, optim.SGD(model.parameters(), lr=LEARNING_RATE), comm)
 
 
 class Ours(Contestant):
@@ -31,15 +48,9 @@ class Ours(Contestant):
         return lambda: comm.all_reduce(array), array.fill, array
 
     def training(self, job: Training) -> Callable[[], Any]:
-        from minidp import nn, optim, parallel
         from minidp.nn.functional import cross_entropy
 
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip(job.widths, job.widths[1:]):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        model = nn.Sequential(*layers[:-1])
-        model.load_state_dict(job.state())
-        strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=LEARNING_RATE), self.comm)
+        strategy = strategy_of(job, self.comm)
         x, y = job.batch_of(self.rank)
 
         def step() -> Any:
