@@ -123,11 +123,8 @@ def test_sigterm_between_two_ranks_is_no_other_error(monkeypatch: pytest.MonkeyP
     assert struck
 
 
-def test_what_is_predicted_is_trained() -> None:
-    """The bench's model has the job's weights, and its time is that of the cluster."""
-    model, state = predict.model_of(jobs.TINY), jobs.TINY.state()
-    for name, array in model.state_dict().items():
-        np.testing.assert_array_equal(array, state[name])
+def test_predicted_time_is_of_the_job_on_the_cluster() -> None:
+    """Ten times slower to compute; and a second worker adds one exchange of all 9610 weights."""
     slow = Cluster(nodes=2, flops=1e9, latency_s=1e-3)
     one_s, two_s = (predict.predicted_s(jobs.TINY, slow, workers) for workers in (1, 2))
     assert one_s == pytest.approx(10 * predict.predicted_s(jobs.TINY, replace(slow, flops=1e10), 1))
