@@ -6,7 +6,9 @@ byte has arrived. Messages of one pair and tag arrive in order; a receive from a
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy.typing as npt
@@ -53,8 +55,13 @@ class Receipt:
         if letter.arrival > came:
             arrived(task, letter, came)
         if letter.data is not None:
-            put(self.x, letter.data, letter.src, self.tag, member)
+            put(self.x, letter, self.tag, member)
         return letter.src
+
+    def give(self, letter: Letter) -> None:
+        self.letter = letter
+        if self.waiter is not None:
+            self.waiter.wake(letter.arrival)
 
     def _place(self) -> str:
         src = "any rank" if self.src == ANY else f"rank {self.src}"
@@ -100,11 +107,13 @@ def arrived(task: Task, letter: Letter, came: float) -> None:
         recorder.add(f"recv from rank {letter.src}", "wait", came, letter.arrival)
 
 
-def put(x: Array, data: Array, src: int, tag: int, member: int) -> None:
-    """What ``src`` has sent into ``x``."""
+def put(x: Array, letter: Letter, tag: int, member: int) -> None:
+    """What has been sent into ``x``."""
+    data = letter.data
+    assert data is not None
     if x.size != data.size or x.dtype != data.dtype:
         raise CollectiveMismatch(
-            f"rank {src} sent {kind_of(data)} with tag {tag}; rank {member} receives {kind_of(x)}"
+            f"rank {letter.src} sent {kind_of(data)} with tag {tag}; rank {member} receives {kind_of(x)}"
         )
     x[...] = data if x.shape == data.shape else data.reshape(x.shape)
 
@@ -112,11 +121,48 @@ def put(x: Array, data: Array, src: int, tag: int, member: int) -> None:
 class _Box:
     """What is for one member, of one tag: letters whose arrival is known, receipts that have no letter yet."""
 
-    __slots__ = ("letters", "receipts")
+    __slots__ = ("arrivals", "letters", "receipts", "sequence")
 
     def __init__(self) -> None:
-        self.letters: list[Letter] = []
+        self.letters: dict[int, deque[Letter]] = {}
+        """Those of each sender, as they were sent, which is also as they arrive."""
         self.receipts: list[Receipt] = []
+        """As they were posted."""
+        self.arrivals: list[tuple[float, int, Letter]] | None = None
+        """A heap of all letters by arrival, also of some that are taken; made when a receive from anybody comes."""
+        self.sequence = 0
+
+    def add(self, letter: Letter) -> None:
+        queue = self.letters.get(letter.src)
+        if queue is None:
+            queue = self.letters[letter.src] = deque()
+        queue.append(letter)
+        if self.arrivals is not None:
+            self._arrives(letter)
+
+    def _arrives(self, letter: Letter) -> None:
+        assert self.arrivals is not None
+        self.sequence += 1
+        heappush(self.arrivals, (letter.arrival, self.sequence, letter))
+
+    def first(self) -> Letter | None:
+        """Of the letters that are here, the one that arrives first."""
+        if self.arrivals is None:
+            self.arrivals = []
+            for queue in self.letters.values():
+                for letter in queue:
+                    self._arrives(letter)
+        while self.arrivals:
+            letter = self.arrivals[0][-1]
+            queue = self.letters[letter.src]
+            if queue and queue[0] is letter:
+                return letter
+            heappop(self.arrivals)  # it was taken by a receive from just that sender
+        return None
+
+    @property
+    def empty(self) -> bool:
+        return not self.receipts and not any(self.letters.values())
 
 
 class PostOffice:
@@ -126,6 +172,7 @@ class PostOffice:
         self.venue, self.ranks = venue, ranks
         self._loop, self._network = venue.loop, venue.network
         self._boxes: dict[tuple[int, int], _Box] = {}
+        self._most_boxes = 1024  # before those that are empty are thrown away
 
     def send(self, member: int, x: Array, dst: int, tag: int) -> None:
         """Returns when the last byte has left."""
@@ -156,15 +203,16 @@ class PostOffice:
         """Receive into ``x``; returns the member that sent it."""
         task = self.venue.here(self.ranks[member])
         box = self._boxes.get((member, tag)) or self._box(member, tag)
+        letters = box.letters.get(src)
+        if letters and not box.receipts:  # the short way: it has left already, so when it arrives is known
+            letter = letters.popleft()
+            if letter.arrival > task.clock:
+                arrived(task, letter, task.clock)
+            put(x, letter, tag, member)
+            return src
         receipt = Receipt(x, src, tag, task.clock)
-        if box.letters and not box.receipts:
-            for i, letter in enumerate(box.letters):
-                if letter.src == src:  # the short way: it has left already, so when it arrives is known
-                    del box.letters[i]
-                    receipt.letter = letter
-                    return receipt.take(task, member)
         box.receipts.append(receipt)
-        if box.letters:
+        if letters or src == ANY:
             self._serve(box)
         return receipt.take(task, member)
 
@@ -173,13 +221,15 @@ class PostOffice:
         receipt = Receipt(x, src, tag, self.venue.here(rank).clock)
         box = self._box(member, tag)
         box.receipts.append(receipt)
-        if box.letters:
-            self._serve(box)
+        self._serve(box)
         return Receiving(self.venue, rank, member, receipt)
 
     def _box(self, member: int, tag: int) -> _Box:
         box = self._boxes.get((member, tag))
         if box is None:
+            if len(self._boxes) >= self._most_boxes:  # a program may use each tag once
+                self._boxes = {key: box for key, box in self._boxes.items() if not box.empty}
+                self._most_boxes = max(1024, 2 * len(self._boxes))
             box = self._boxes[member, tag] = _Box()
         return box
 
@@ -193,7 +243,7 @@ class PostOffice:
             return left
         arrival = network.arrive(path, nbytes, start, left)
         box = self._boxes.get((dst, tag)) or self._box(dst, tag)
-        if box.receipts and not box.letters:
+        if box.receipts:
             receipt = box.receipts[0]
             waiter, into = receipt.waiter, receipt.x
             if receipt.src == src and waiter is not None and into.shape == x.shape and into.dtype == x.dtype:
@@ -218,36 +268,36 @@ class PostOffice:
 
     def _deliver(self, box: _Box, letter: Letter) -> None:
         """Its arrival is known: whoever waits for just this one need not wait for the event."""
-        box.letters.append(letter)
-        if box.receipts:
-            self._serve(box)
+        for i, receipt in enumerate(box.receipts):
+            if receipt.src == letter.src:  # nothing earlier of this sender is here: it would have been given
+                del box.receipts[i]
+                receipt.give(letter)
+                return
+            if receipt.src == ANY:
+                box.add(letter)
+                self._serve(box)
+                return
+        box.add(letter)
 
     def _serve(self, box: _Box) -> None:
         """Give letters to receipts, in the order in which these were posted."""
         for receipt in tuple(box.receipts):
             if receipt.src == ANY:
-                letter = self._first(box, receipt)
-                if letter is None:  # not yet decided; later receipts must not take what may be this one's
-                    break
+                letter = box.first()
+                if letter is None or self._not_yet(box, max(letter.arrival, receipt.posted)):
+                    return  # later receipts must not take what may be this one's
+            elif letters := box.letters.get(receipt.src):
+                letter = letters[0]
             else:
-                for letter in box.letters:
-                    if letter.src == receipt.src:
-                        break
-                else:
-                    continue
-            box.letters.remove(letter)
+                continue
+            box.letters[letter.src].popleft()
             box.receipts.remove(receipt)
-            receipt.letter = letter
-            if receipt.waiter is not None:
-                receipt.waiter.wake(letter.arrival)
+            receipt.give(letter)
 
-    def _first(self, box: _Box, receipt: Receipt) -> Letter | None:
-        """The letter that arrives first, once it has: an earlier one might still be sent until then."""
-        if not box.letters:
-            return None
-        letter = min(box.letters, key=lambda letter: letter.arrival)
-        time_s = max(letter.arrival, receipt.posted)
-        if time_s > self.venue.loop.now:
-            self.venue.loop.at(time_s, partial(self._serve, box))
-            return None
-        return letter
+    def _not_yet(self, box: _Box, time_s: float) -> bool:
+        """Whether ``time_s`` is to come; if so, the box is served again then: an earlier letter might be sent."""
+        loop = self.venue.loop
+        if time_s > loop.now:
+            loop.at(time_s, partial(self._serve, box))
+            return True
+        return False

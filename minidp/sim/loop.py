@@ -1,4 +1,4 @@
-"""Virtual time: a heap of events ordered by (time, sequence), and tasks that wait for them.
+"""Virtual time: events in order of (time, sequence), and tasks that wait for them.
 
 A task is a greenlet: plain code that runs until it waits. While one runs, nothing else does, and no virtual time
 passes except what the task charges to its own clock. So a run depends on nothing but its inputs.
@@ -9,6 +9,7 @@ once. It looks back into the past of others only through events, which the loop 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextvars import copy_context
 from heapq import heappop, heappush
@@ -20,39 +21,51 @@ Action = Callable[[], Any]
 
 
 class Loop:
-    """The clock of a virtual world. ``now`` is the time of the event that is being handled, in seconds."""
+    """The clock of a virtual world. ``now`` is the time of the event that is being handled, in seconds.
+
+    Events in order of (time, sequence): a heap of times, each once, and for each a queue of what is due then.
+    Ranks that go in step have many events at one time; a heap of all of them would compare them all.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
         self.events = 0  # handled so far
-        self._heap: list[tuple[float, int, Action]] = []
-        self._sequence = 0
+        self._today: deque[Action] = deque()  # what is due now
+        self._due = {self.now: self._today}
+        self._later: list[float] = []  # the heap
         self._hub: greenlet | None = None
 
     def at(self, time_s: float, action: Action) -> None:
         """Call ``action()`` at ``time_s``; of equal times, first asked is first called. Not before ``now``."""
-        self._sequence += 1
-        heappush(self._heap, (time_s, self._sequence, action))
+        due = self._due.get(time_s)
+        if due is None:
+            due = self._due[time_s] = deque()
+            heappush(self._later, time_s)
+        due.append(action)
 
     def run(self) -> None:
         """Handle events until there are none. What an action raises ends the loop."""
-        heap = self._heap
         self._hub = getcurrent()
-        while heap:
-            self.now, _, action = heappop(heap)
+        while today := self._today or self._next_day():
             self.events += 1
-            action()
+            today.popleft()()
 
     def hand_over(self) -> None:
         """Leave the task that runs: to the hub, or at once to the task that is to go on next."""
-        heap = self._heap
-        action = heap[0][2] if heap else None
-        if isinstance(action, Task):  # half the switches, where tasks wake each other
-            self.now = heappop(heap)[0]
+        today = self._today or self._next_day()
+        if today and isinstance(today[0], Task):  # half the switches, where tasks wake each other
             self.events += 1
-            action.switch()
+            today.popleft().switch()
         else:
             self.hub.switch()
+
+    def _next_day(self) -> deque[Action]:
+        """What is due at the next time at which anything is; empty if nothing is any more."""
+        if self._later:
+            del self._due[self.now]
+            self.now = heappop(self._later)
+            self._today = self._due[self.now]
+        return self._today
 
     @property
     def hub(self) -> greenlet:
