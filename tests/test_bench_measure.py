@@ -105,17 +105,16 @@ def test_virtual_ranks_of_one_process_share_a_clock() -> None:
 
 
 def test_sigterm_between_two_ranks_is_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may strike a rank that has taken the next one's event off the heap, and not yet handed over to it."""
-    pop, struck = loop.heappop, []
+    """It may strike a rank that has taken the next one's event, and not yet handed over to it."""
+    switch, struck = loop.Task.switch, []
 
-    def heappop(heap: list[Any]) -> Any:
-        event = pop(heap)
+    def struck_once(task: loop.Task) -> Any:
         if loop.rank_here() is not None and not struck:
-            struck.append(event)
+            struck.append(task)
             raise SystemExit(143)
-        return event
+        return switch(task)
 
-    monkeypatch.setattr(loop, "heappop", heappop)
+    monkeypatch.setattr(loop.Task, "switch", struck_once)
     ranks = virtual.Ranks(virtual.send_and_recv, 0)
     with pytest.raises(SystemExit) as ended:
         ranks.burst(1)

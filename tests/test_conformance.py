@@ -15,6 +15,7 @@ import pytest
 import minidp
 from minidp.comm import ANY, AVG, MAX, MIN, SUM, Communicator
 from minidp.comm.schedules import ALL_REDUCE
+from tests.told import told
 
 WORLDS: dict[str, Callable[..., list[Any]]] = {
     "process": lambda fn, n, *args: minidp.spawn(fn, n, *args, world="process", timeout_s=20),
@@ -267,6 +268,50 @@ def shared_memory(comm: Communicator) -> None:
     assert all((v == i + 1).all() for i, v in enumerate(views))
 
 
+def who_only_reads(comm: Communicator) -> None:
+    """A read-only array is enough for it, of any strides, and stays as it is."""
+    p, r = comm.world_size, comm.rank
+    mine = value(r, 12, "float64").reshape(3, 4).T
+    mine.flags.writeable = False
+    root = p - 1
+    x = mine if r == root else np.zeros((4, 3))
+    comm.broadcast(x, root)
+    check(x, value(root, 12, "float64").reshape(3, 4).T, "broadcast")
+    x = mine if r != root else np.array(mine)
+    comm.reduce(x, root)
+    check(x, reduced(p, 12, "float64", SUM).reshape(3, 4).T if r == root else mine, "reduce")
+    comm.send(mine, r)
+    got = np.empty((4, 3))
+    comm.recv(got, r)
+    check(got, mine, "send")
+
+
+def refused(comm: Communicator) -> None:
+    """On every rank, before anything is sent: the next collective works."""
+    p = comm.world_size
+    whole, part, fixed = np.ones(2 * p, np.int32), np.ones(2, np.int32), np.ones(p)
+    fixed.flags.writeable = False
+    calls: dict[str, Callable[[], object]] = {
+        "TypeError: AVG of int32": lambda: comm.all_reduce(whole, AVG),
+        "TypeError: AVG of int32: an": lambda: comm.all_reduce(whole, AVG, "ring"),
+        "TypeError: AVG of int32: an average": lambda: comm.reduce(whole, 0, AVG),
+        "TypeError: AVG of int32: an average of": lambda: comm.reduce_scatter(part, whole, AVG),
+        "TypeError: AVG of int32: an average of int": lambda: comm.all_reduce(whole, AVG, async_op=True),
+        "TypeError: op='sum'": lambda: comm.reduce(whole, 0, "sum"),  # type: ignore[arg-type]
+        "ValueError: the result can't": lambda: comm.all_reduce(fixed),
+        "ValueError: the result can't be": lambda: comm.all_reduce(fixed, algorithm="ring", async_op=True),
+        "ValueError: the result can't be written": lambda: comm.reduce_scatter(fixed, np.ones(p * p)),
+        "TypeError: split: color=[1]": lambda: comm.split([1]),  # type: ignore[arg-type]
+        "TypeError: split: color=0.5": lambda: comm.split(0.5),  # type: ignore[arg-type]
+        "TypeError: split: key=None": lambda: comm.split(0, None),  # type: ignore[arg-type]
+    }
+    for says, call in calls.items():
+        said = told(call)
+        assert said.startswith(says), (said, says)
+    comm.all_reduce(whole)
+    assert (whole == p).all()
+
+
 CONFORMANCE = (
     all_reduce,
     all_reduce_by_every_schedule,
@@ -279,6 +324,8 @@ CONFORMANCE = (
     objects_and_barrier,
     groups,
     deferred,
+    who_only_reads,
+    refused,
     counted,
     rank_order,
     shared_memory,

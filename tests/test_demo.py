@@ -252,7 +252,10 @@ def test_help_explains_each_option() -> None:
         (["--world", "virtual", "--workers", "2", "--straggler", "3:5"], "straggler 3 is beyond the cluster"),
         (["--world", "virtual", "--bandwidth", "0"], "bandwidth_bytes_per_s=0.0: give a positive number"),
         (["--world", "virtual", "--latency", "-1"], "latency_s=-1.0"),
-        (["--world", "virtual", "--topology", "fat_tree", "--workers", "3"], "groups of leaf=8 nodes"),
+        (
+            ["--world", "virtual", "--topology", "fat_tree", "--workers", "3", "--straggler", "3:2"],
+            "straggler 3 is beyond the cluster: its nodes are 0 to 2",
+        ),
         (["--world", "virtual", "--jitter", "100"], "jitter=100.0: give at most 5"),
         (["--world", "virtual", "--straggler", "0:inf"], "the factor of straggler 0 is infinite"),
         (["--world", "virtual", "--straggler", "0:2", "--straggler", "0:3"], "a node is given twice"),

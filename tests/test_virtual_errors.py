@@ -209,6 +209,43 @@ def test_a_failure_reaches_the_others_in_its_time(monkeypatch: pytest.MonkeyPatc
     assert max(finished) < 1
 
 
+def fails_where_time_stands_still(comm: Any) -> None:
+    pair = comm.split(comm.rank // 2)
+    if comm.rank >= 2:
+        backend.count(5.0 - comm.rank)
+        raise ValueError(f"of rank {comm.rank}")
+    while True:
+        pair.barrier()
+
+
+def test_a_failure_is_told_where_the_others_never_come_to_its_time() -> None:
+    """Local links are free, so the barriers of ranks 0 and 1 take no time, for ever."""
+    error = failure(fails_where_time_stands_still, 4, cluster=Cluster(1, ranks_per_node=4, flops=1.0))
+    assert str(error) == "rank 3 of 4 raised ValueError: of rank 3", "the earlier one of two"
+
+
+def waits_for_time(comm: Any) -> None:
+    if comm.rank:
+        comm.barrier()
+    while comm.now() < 1e9:
+        pass
+
+
+def asks_again_and_again(comm: Any) -> int:
+    for _ in range(1100):
+        for _ in range(1000):
+            comm.now()
+        comm.barrier()
+    return 1
+
+
+def test_who_only_asks_for_the_time_is_told_that_it_does_not_pass() -> None:
+    error = failure(waits_for_time, 2)
+    assert error.rank == 0
+    assert "rank 0 has asked for the time 1000000 times, and it is always 0 s" in str(error)
+    assert run(asks_again_and_again, 2) == [1, 1]
+
+
 @pytest.mark.parametrize(
     "error",
     [SystemExit(3), GreenletExit(), BaseException("any"), AssertionError("x"), minidp.CollectiveTimeout("t")],

@@ -297,3 +297,51 @@ def test_a_cluster_is_a_value() -> None:
         one.nodes = 3  # type: ignore[misc]
     assert [one.slowness(r) for r in range(4)] == [1, 1, 1, 2]
     assert one.compute_s(np.array([0, 0]), np.array([2.0, 4.0]), rank=3).tolist() == [4.0, 8.0]
+
+
+# --- receives from anybody ------------------------------------------------------------------------------------
+
+_COUNT = 30  # messages of each sender
+
+
+def mail(comm: Any, sources: list[int]) -> list[tuple[int, int]]:
+    """Everybody sends messages of odd sizes to rank 0, which takes them from ``sources``: (sender, its n-th)."""
+    p = comm.world_size
+    if comm.rank:
+        sizes = np.random.default_rng(comm.rank).integers(1, 40, _COUNT)
+        for n, size in enumerate(sizes):
+            comm.send(np.full(40, n), 0, tag=1)
+            comm.send(np.zeros(size), (comm.rank + 1) % (p - 1) + 1, tag=2)  # so that it leaves later
+        return []
+    backend.count(1e6)  # until all is there
+    x = np.zeros(40, int)
+    return [(comm.recv(x, src, tag=1), int(x[0])) for src in sources]
+
+
+def test_receives_from_anybody_take_what_arrived_first_of_what_is_left() -> None:
+    everything = run(mail, 5, [ANY] * 4 * _COUNT)[0]
+    assert sorted(everything) == [(src, n) for src in range(1, 5) for n in range(_COUNT)]
+    assert [src for src, _ in everything] != sorted(src for src, _ in everything), "they arrive in turns"
+    rng = np.random.default_rng(0)
+    left, sources = everything.copy(), []
+    while left:
+        takes_any = rng.random() < 0.5
+        src = ANY if takes_any else left[rng.integers(len(left))][0]
+        sources.append(src)
+        left.remove(left[0] if takes_any else next(m for m in left if m[0] == src))
+    left = everything.copy()
+    for src, message in zip(sources, run(mail, 5, sources)[0]):
+        assert message == (left[0] if src == ANY else next(m for m in left if m[0] == src))
+        left.remove(message)
+
+
+def each_tag_once(comm: Any) -> int:
+    x = np.zeros(1)
+    for tag in range(5000):
+        comm.send(x, 1 - comm.rank, tag)
+        comm.recv(x, 1 - comm.rank, tag)
+    return len(comm._post._boxes)
+
+
+def test_tags_that_are_used_once_leave_nothing() -> None:
+    assert max(run(each_tag_once, 2)) <= 1024

@@ -71,8 +71,8 @@ NOTES = (
     "forward and backward of as many batches on as many models, without strategy or meter.",
     f"timing: the rehearsed step of the digits MLP, replayed {STEPS} times; one step of 32 described layers with "
     "7e9 parameters; one all-reduce.",
-    "prediction: the rehearsed step, replayed on this machine as calibrate() sees it, before the measurement and "
-    "after it: the shorter one, for what disturbs a calibration makes it longer.",
+    "prediction: the rehearsed step, replayed on this machine as calibrate() sees it: the mean of one before the "
+    "measurement and one after it.",
 )
 
 

@@ -53,8 +53,9 @@ def measure(comm: Communicator, seconds: float) -> dict[str, Any]:
     """Time all probes for about ``seconds``, by rank 0 alone and, if there are more ranks, by all together.
 
     Bursts of steps take turns: first probe alone, first probe together, second probe alone, … ``ROUNDS`` times.
-    A burst's time is the median of its steps; a probe's is that of its fastest burst: other programs, and other
-    guests of a virtual machine's host, only ever make steps longer, and often for a second or more.
+    A burst's time is the mean of its steps: where two ranks wait for each other some steps take far longer than
+    most, and who trains pays for them. A probe's is the median of its bursts: other programs, and other guests of
+    a virtual machine's host, disturb for a second or more at a time, but mostly for less than half of it all.
 
     Returns, from rank 0, ``others_cores``, how many cores' worth other programs took meanwhile (None: unknown),
     and ``probes``, for each what it is, what a step of one worker counts (``operations``, ``flops``, ``nbytes``)
@@ -84,8 +85,8 @@ def measure(comm: Communicator, seconds: float) -> dict[str, Any]:
         {
             **probe._asdict(),
             **step.counts(),
-            "one_s": min(one),
-            "two_s": min(two) if together else None,
+            "one_s": median(one),
+            "two_s": median(two) if together else None,
         }
         for probe, step, one, two in zip(PROBES, alone, one_s, two_s)
     ]
@@ -134,14 +135,12 @@ _OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
 
 
 def _burst(run: Callable[[], None], repeats: int) -> float:
-    """The median of so many steps, in seconds; one more before them brings the caches to where they were."""
+    """Seconds a step, the mean of so many; one more before them brings the caches to where they were."""
     run()
-    times = []
+    start = time.perf_counter()
     for _ in range(repeats):
-        start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return (time.perf_counter() - start) / repeats
 
 
 def _machine_s() -> float | None:

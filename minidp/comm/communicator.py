@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minidp.comm import execute, schedules
-from minidp.comm.reduction import SUM, ReduceOp
+from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
 from minidp.comm.traffic import Traffic
 from minidp.comm.work import Later, Work
 
@@ -61,8 +61,8 @@ class Communicator(ABC):
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
         """A communicator of all ranks that gave the same ``color``, ordered by ``key``, then rank. Collective.
 
-        None for ``color=None``. ``split(0, rank)`` is a duplicate: the same ranks, its own sequence numbers.
-        ``name`` is for messages.
+        Both are whole numbers; None for ``color=None``. ``split(0, rank)`` is a duplicate: the same ranks, its
+        own sequence numbers. ``name`` is for messages.
         """
 
     @abstractmethod
@@ -135,6 +135,8 @@ class Communicator(ABC):
         By default summed in order of rank; ``algorithm`` names another schedule of ``schedules.ALL_REDUCE``,
         equal to rounding. Half precision is summed in float32. Cost: see the schedule; direct sends (p-1)n.
         """
+        check_array(x, writes=True)
+        check_op(op, x.dtype)
         if async_op:
             return self._defer(lambda: self.all_reduce(x, op, algorithm))
         name = schedules.checked(algorithm or "direct")
@@ -145,6 +147,8 @@ class Communicator(ABC):
 
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
         """``out`` becomes this rank's p-th part of the reduction of all ``x``; x.size = p × out.size."""
+        check_array(out, writes=True)
+        check_op(op, out.dtype)
         if async_op:
             return self._defer(lambda: self.reduce_scatter(out, x, op))
         self._check_parts(out, x, "reduce_scatter(out, x)")
@@ -167,15 +171,17 @@ class Communicator(ABC):
             return self._defer(lambda: self.broadcast(x, src))
         self._check_peer(src, "src")
         tag = self._begin("broadcast", x, f"src={src}")
-        with execute.contiguous(x) as flat:
+        with execute.contiguous(x, writes=self.rank != src) as flat:
             self.run_schedule("broadcast", flat, None, tag, src)
         return None
 
     def reduce(self, x: Array, dst: int = 0, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
         """The reduction of all ``x`` in ``x`` of rank ``dst``; the others' ``x`` stays as it is."""
+        self._check_peer(dst, "dst")
+        check_array(x, writes=self.rank == dst)
+        check_op(op, x.dtype)
         if async_op:
             return self._defer(lambda: self.reduce(x, dst, op))
-        self._check_peer(dst, "dst")
         tag = self._begin("reduce", x, f"dst={dst}, {op.value}")
         execute.reduce(self, x, dst, op, tag)
         return None
@@ -290,6 +296,14 @@ class Communicator(ABC):
                 f"{call}: the whole must be {self.world_size} times the part, of the same dtype: "
                 f"{whole.dtype} {whole.shape} and {part.dtype} {part.shape}"
             )
+
+
+def check_color(color: Any, key: Any) -> None:
+    """Refuse what would only fail, or split otherwise than was meant, when the ranks compare it."""
+    for name, value in (("color", color), ("key", key)):
+        if not isinstance(value, int | np.integer) and not (name == "color" and value is None):
+            also = " (or None, to be in no group)" if name == "color" else ""
+            raise TypeError(f"split: {name}={value!r} must be a whole number{also}")
 
 
 def _user_tag(tag: int) -> int:

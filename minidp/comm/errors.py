@@ -39,3 +39,12 @@ class RankMismatch(RankFailed, CollectiveMismatch):
 
 class RankTimeout(RankFailed, CollectiveTimeout):
     """What ``spawn`` raises when the first failure of a run is a rank's CollectiveTimeout: both can be caught."""
+
+
+def in_words(error: BaseException) -> str:
+    """``KeyError: 'x'``, whatever the error's own ``__str__`` does."""
+    try:
+        text = str(error)
+    except BaseException as failed:  # it is the user's, and may do anything
+        text = f"(its __str__ raised {type(failed).__name__})"
+    return f"{type(error).__name__}: {text}"

@@ -24,14 +24,15 @@ Array = npt.NDArray[Any]
 
 
 @contextmanager
-def contiguous(x: Array) -> Iterator[Array]:
-    """``x`` as a flat C-contiguous array; what is written there is in ``x`` afterwards."""
+def contiguous(x: Array, writes: bool = True) -> Iterator[Array]:
+    """``x`` as a flat C-contiguous array; if the caller ``writes`` there, that is in ``x`` afterwards."""
     if x.flags.c_contiguous:
         yield x.reshape(-1)
     else:
         flat = x.flatten()
         yield flat
-        x[...] = flat.reshape(x.shape)
+        if writes:
+            x[...] = flat.reshape(x.shape)
 
 
 def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:
@@ -52,7 +53,7 @@ def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceO
 
 def reduce(comm: Communicator, x: Array, dst: int, op: ReduceOp, tag: int) -> None:
     """All send to ``dst``, which adds in order of rank."""
-    with contiguous(x) as flat:
+    with contiguous(x, writes=comm.rank == dst) as flat:
         comm.run_schedule("direct_reduce", flat, op, tag, dst)
 
 

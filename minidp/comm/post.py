@@ -129,7 +129,7 @@ class _Box:
         self.receipts: list[Receipt] = []
         """As they were posted."""
         self.arrivals: list[tuple[float, int, Letter]] | None = None
-        """A heap of all letters by arrival, also of some that are taken; made when a receive from anybody comes."""
+        """A heap of all letters by arrival, some already taken; made when a receive from anybody comes."""
         self.sequence = 0
 
     def add(self, letter: Letter) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from minidp.comm import execute
 from minidp.comm.arena import Bytes, available_bytes, not_enough
-from minidp.comm.communicator import Communicator
+from minidp.comm.communicator import Communicator, check_color
 from minidp.comm.errors import CommError
 from minidp.comm.mailbox import Mailbox
 from minidp.comm.reduction import SUM, Array, ReduceOp, check_array, check_op, fold
@@ -72,6 +72,7 @@ class ProcessCommunicator(Communicator):
         return -1 - self._rendezvous.sequence
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
+        check_color(color, key)
         rendezvous = self._rendezvous
         colors = self.all_gather_object((color, key, self._world_rank), name or "split")
         members = sorted((key, i) for i, (c, key, _) in enumerate(colors) if c == color)
@@ -134,7 +135,6 @@ class ProcessCommunicator(Communicator):
         self, x: Array, op: ReduceOp = SUM, algorithm: str | None = None, *, async_op: bool = False
     ) -> Work | None:
         if async_op or algorithm is not None:
-            check_op(op, x.dtype)
             return super().all_reduce(x, op, algorithm, async_op=async_op)
         if self._later:
             self.run_all()
@@ -197,10 +197,10 @@ class ProcessCommunicator(Communicator):
         return None
 
     def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
+        check_array(out, writes=True)
+        check_op(op, out.dtype)
         if async_op:
             return self._defer(lambda: self.reduce_scatter(out, x, op))
-        check_op(op, x.dtype)
-        check_array(out, writes=True)
         self._check_parts(out, x, "reduce_scatter(out, x)")
         p, rank = self.world_size, self.rank
         parts = np.ascontiguousarray(x).reshape(p, out.size)
@@ -222,7 +222,7 @@ class ProcessCommunicator(Communicator):
             return self._defer(lambda: self.broadcast(x, src))
         self._check_peer(src, "src")
         self._check_usable(x, writes=self.rank != src)
-        with execute.contiguous(x) as flat:
+        with execute.contiguous(x, writes=self.rank != src) as flat:
             data = flat.view(np.uint8)
 
             def put(slot: Bytes, lo: int, hi: int) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent
 
 from minidp.comm.board import left_waiting, name_places, stuck
-from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed
+from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed, in_words
 from minidp.sim.cluster import Cluster
 from minidp.sim.computer import Computer
 from minidp.sim.loop import Loop, Task
 from minidp.sim.network import Network
 
 _PATIENCE = 100  # how often a rank may come back to a world that has failed before it is ended
+_STANDSTILL = 100_000  # calls of communicators at one virtual time after which a later failure is told at once
 _undying: list[Task] = []  # tasks that catch even that, kept: who collects them would wake them
 
 
@@ -37,6 +38,10 @@ class Venue:
         self.raised: list[tuple[int, BaseException]] = []
         """In the order in which it happened."""
         self._news: CommError | None = None
+        self._untold: dict[int, tuple[float, BaseException]] = {}
+        """Failures of ranks whose clocks are ahead, by rank: when, and what."""
+        self._calls_at = (0.0, 0)
+        """While a failure is untold: a time, and how often communicators were called then."""
         self._refused: dict[int, int] = {}
         self._over = False
 
@@ -73,14 +78,19 @@ class Venue:
                 raise
             # The others learn of it when their clocks are there: of two failures the earlier one is the first.
             self.ranks[rank].catch_up()
-            self.loop.at(max(self.loop.now, self.ranks[rank].clock), partial(self._failed, rank, error))
+            time_s = max(self.loop.now, self.ranks[rank].clock)
+            self._untold[rank] = time_s, error
+            self.loop.at(time_s, partial(self._failed, rank))
         else:
             self.ranks[rank].catch_up()
             self.returned[rank] = value
 
-    def _failed(self, rank: int, error: BaseException) -> None:
+    def _failed(self, rank: int) -> None:
+        if rank not in self._untold:
+            return  # it was told before its time
+        _, error = self._untold.pop(rank)
         self.raised.append((rank, error))
-        text = f"rank {rank} of {self.world_size} raised {type(error).__name__}: {error}"
+        text = f"rank {rank} of {self.world_size} raised {in_words(error)}"
         self._tell(RankFailed(text, rank))
 
     # -- for communicators -------------------------------------------------------------------------------
@@ -99,16 +109,23 @@ class Venue:
                 )
         else:
             task.catch_up()
-        if self._news is not None:
+        if self._news is not None or self._untold:
             self._refuse(rank)
         return task
 
     def check(self, rank: int) -> None:
         """Raise what has become of the world, if it has failed."""
-        if self._news is not None:
+        if self._news is not None or self._untold:
             self._refuse(rank)
 
     def _refuse(self, rank: int) -> None:
+        if self._news is None:
+            # Where messages take no time, the others might never come to the time of a failure.
+            now, calls = self._calls_at
+            self._calls_at = self.loop.now, (calls + 1 if now == self.loop.now else 1)
+            if self._calls_at[1] < _STANDSTILL:
+                return
+            self._failed(min(self._untold, key=lambda rank: (self._untold[rank][0], rank)))
         assert self._news is not None
         self._refused[rank] = self._refused.get(rank, 0) + 1
         if self._refused[rank] > _PATIENCE:

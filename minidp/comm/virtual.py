@@ -16,7 +16,7 @@ from greenlet import getcurrent
 from minidp import trace
 from minidp.comm import execute
 from minidp.comm.board import describe
-from minidp.comm.communicator import ANY, Communicator
+from minidp.comm.communicator import ANY, Communicator, check_color
 from minidp.comm.errors import CommError
 from minidp.comm.meeting import Meeting, Payload
 from minidp.comm.movement import Group, Movement
@@ -27,6 +27,7 @@ from minidp.comm.traffic import Traffic
 from minidp.comm.work import Work
 
 Array = npt.NDArray[Any]
+_ASKS = 1_000_000  # for the time, with nothing in between, after which a rank has been waiting for it to pass
 _Members = tuple[Group, PostOffice, dict[int, int]]  # a new group, and the place in it by rank in the old one
 
 
@@ -56,6 +57,8 @@ class VirtualCommunicator(Communicator):
         self._stream: Stream | None = None
         self._children: list[VirtualCommunicator] = []
         self._closed = False
+        self._moment = (0.0, 0)  # when the time was last asked for
+        self._asked = 0  # how often at that moment
 
     # -- primitives ------------------------------------------------------------------------------------
 
@@ -91,6 +94,7 @@ class VirtualCommunicator(Communicator):
         return src
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Communicator | None:
+        check_color(color, key)
         self.run_all()
         meeting = self._meet(name or "split", note=(color, key))
         found: dict[Any, _Members] = meeting.make(lambda: self._groups(meeting, name))
@@ -122,8 +126,21 @@ class VirtualCommunicator(Communicator):
         return list(views)
 
     def now(self) -> float:
-        """Virtual seconds since the start of the run. To ask takes no time: do not wait for it to pass."""
-        return self._venue.here(self._world_rank).clock
+        """Virtual seconds since the start of the run.
+
+        To ask takes no time. CommError for a rank that does nothing else: it waits for a time that never comes.
+        """
+        clock = self._venue.here(self._world_rank).clock
+        moment = clock, self._venue.loop.events
+        self._asked = self._asked + 1 if moment == self._moment else 0
+        self._moment = moment
+        if self._asked >= _ASKS:
+            raise CommError(
+                f"rank {self._world_rank} has asked for the time {_ASKS} times, and it is always {clock:g} s: in "
+                "the virtual world time passes while a rank computes or communicates, not while it asks. Wait by "
+                "receiving a message"
+            )
+        return clock
 
     def close(self) -> None:
         self._closed = True
@@ -147,10 +164,10 @@ class VirtualCommunicator(Communicator):
     def all_reduce(
         self, x: Array, op: ReduceOp = SUM, algorithm: str | None = None, *, async_op: bool = False
     ) -> Work | None:
-        check_array(x, writes=True)
-        check_op(op, x.dtype)
         if async_op or algorithm is not None:
             return super().all_reduce(x, op, algorithm, async_op=async_op)
+        check_array(x, writes=True)
+        check_op(op, x.dtype)
         self.run_all()
         self._check_open()
         key = x.dtype, x.shape, op
@@ -165,15 +182,6 @@ class VirtualCommunicator(Communicator):
             with execute.contiguous(x) as flat:
                 self._collective("direct", fastest, flat, op)
         return None
-
-    def reduce_scatter(self, out: Array, x: Array, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
-        check_op(op, x.dtype)
-        check_array(out, writes=True)
-        return super().reduce_scatter(out, x, op, async_op=async_op)
-
-    def reduce(self, x: Array, dst: int = 0, op: ReduceOp = SUM, *, async_op: bool = False) -> Work | None:
-        check_op(op, x.dtype)
-        return super().reduce(x, dst, op, async_op=async_op)
 
     def barrier(self) -> None:
         self.all_gather_int(0, "barrier")

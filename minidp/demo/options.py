@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minidp.demo.train import OPTIMIZERS
 from minidp.launch import cores
 from minidp.sim import Cluster
+from minidp.sim.topology import NAMES
 
 # Of the virtual world alone, with their defaults there.
 _CLUSTER: dict[str, Any] = {
@@ -114,7 +116,7 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
     if args.ranks_per_node < 1:
         parser.error("--ranks-per-node must be at least 1")
     try:
-        return Cluster(
+        cluster = Cluster(
             nodes=-(-args.workers // args.ranks_per_node),
             flops=args.flops,
             op_overhead_s=_OP_OVERHEAD_S,
@@ -123,8 +125,9 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
             ranks_per_node=args.ranks_per_node,
             stragglers=dict(args.straggler),
             jitter=args.jitter,
-            topology=args.topology,
         )
+        # A fat tree has whole groups of nodes, used or not.
+        return replace(cluster, nodes=NAMES[args.topology].room_for(cluster.nodes), topology=args.topology)
     except ValueError as error:
         parser.error(str(error))
 

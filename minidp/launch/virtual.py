@@ -13,6 +13,7 @@ from typing import Any
 
 import threadpoolctl
 
+from minidp.comm.errors import in_words
 from minidp.comm.movement import Group
 from minidp.comm.post import PostOffice
 from minidp.comm.traffic import Traffic
@@ -49,7 +50,7 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
         rank, error = venue.raised[0]
         venue.raised.clear()  # their tracebacks hold the ranks' arrays, and through them this venue
         trace = "".join(traceback.format_exception(error))
-        raise failure_of(rank, world_size, f"{type(error).__name__}: {error}", trace, error)
+        raise failure_of(rank, world_size, in_words(error), trace, error)
     return [venue.returned[rank] for rank in ranks]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from minidp.comm.rehearsal import Compute
 from minidp.parallel.timing import Layer, described_step, replay
-from minidp.sim import Cluster, FatTree
+from minidp.sim import Cluster
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,6 @@ def _point(
 
 
 def _nodes(cluster: Cluster, ranks: int) -> int:
-    """As many as the ranks need: at least two, and all stragglers; of a fat tree whole groups."""
-    nodes = max(-(-ranks // cluster.ranks_per_node), 2, *(node + 1 for node in cluster.stragglers))
-    leaf = cluster.topology.leaf if isinstance(cluster.topology, FatTree) else 1
-    return -(-nodes // leaf) * leaf
+    """As many as the ranks and all stragglers need, and as the topology can wire."""
+    nodes = max(-(-ranks // cluster.ranks_per_node), 1, *(node + 1 for node in cluster.stragglers))
+    return cluster.topology.room_for(nodes)  # type: ignore[union-attr]

@@ -63,12 +63,12 @@ def calibrate(seconds: float = 4.0, timeout_s: float = 60.0) -> Cluster:
     """Measure this machine: a cluster with a node for each core, as fast as a core is in training steps.
 
     A fresh process, and two workers of it, with one BLAS thread each, train small models for ``seconds`` and 1.5 s
-    besides. Each model counts with its fastest burst of steps, so this is the machine when it is quiet: if other
-    programs or guests of its host disturb, a step of two workers takes longer than predicted, by a third if it is
-    one of 100 µs. A core that is taken all the time can't be seen through: then a warning of the logger
-    ``minidp.sim`` says so. The network is the shared memory between two workers: α is
-    what meeting twice costs, β what exchanging gradients costs over updating all of them alone. How more than two
-    cores slow each other down is not measured. With one core, only computing is measured: a warning says so.
+    besides. Each model counts with the median of its bursts of steps, so this is the machine as it was for most of
+    that time: if other programs or guests of its host disturb, for longer then or more later, predictions are off
+    by what they take. Of a core that is taken all the time a warning of the logger ``minidp.sim`` says so. The
+    network is the shared memory between two workers: α is what meeting twice costs, β what exchanging gradients
+    costs over updating all of them alone. How more than two cores slow each other down is not measured. With one
+    core, only computing is measured: a warning says so.
 
     Raises RuntimeError if the measurement fails or takes longer than ``timeout_s``, with its last words.
     """

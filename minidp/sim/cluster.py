@@ -12,6 +12,7 @@ import numpy as np
 from minidp import backend
 from minidp.sim.topology import Topology, make_topology
 
+_MOST = 10_000_000  # nodes, and ranks of a node: a list of more takes the memory of a laptop
 _WILD = 5.0  # beyond this jitter most factors are 0 to rounding
 
 
@@ -61,7 +62,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name), 1))
+            object.__setattr__(self, name, _whole(name, getattr(self, name), 1, _MOST))
         object.__setattr__(self, "seed", _whole("seed", self.seed, 0))
         # Floats: a float32 or a Decimal among them would spread to every clock.
         for name in ("flops", "bandwidth_bytes_per_s"):
@@ -148,11 +149,13 @@ class Jitter:
         return math.exp(self._spread * z - self._spread**2 / 2)
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or np.ndim(value) != 0:
         raise ValueError(f"{name}={value!r}: give a whole number")
     if value < least:
         raise ValueError(f"{name}={value}: give at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={value}: give at most {most}")
     return int(value)
 
 

@@ -53,9 +53,11 @@ class Loop:
     def hand_over(self) -> None:
         """Leave the task that runs: to the hub, or at once to the task that is to go on next."""
         today = self._today or self._next_day()
-        if today and isinstance(today[0], Task):  # half the switches, where tasks wake each other
+        action = today[0] if today else None
+        if isinstance(action, Task):  # half the switches, where tasks wake each other
             self.events += 1
-            today.popleft().switch()
+            today.popleft()
+            action.switch()
         else:
             self.hub.switch()
 

@@ -26,6 +26,10 @@ class Topology(ABC):
     def check(self, nodes: int) -> None:  # noqa: B027
         """Raise ValueError if that many nodes can't be wired so."""
 
+    def room_for(self, nodes: int) -> int:
+        """The least number of nodes, that many or more, that can be wired so."""
+        return nodes
+
     def links(self, nodes: int) -> int:
         """How many links there are."""
         return 2 * nodes
@@ -71,6 +75,9 @@ class FatTree(Topology):
         if not isinstance(ratio, int | float) or not 1 <= ratio < math.inf:
             raise ValueError(f"FatTree: oversubscription={ratio!r} must be a finite number, at least 1")
 
+    def room_for(self, nodes: int) -> int:
+        return -(-nodes // self.leaf) * self.leaf
+
     def check(self, nodes: int) -> None:
         if nodes % self.leaf:
             raise ValueError(
@@ -99,9 +106,10 @@ class FatTree(Topology):
 class Ring(Topology):
     """Neighbours are wired, each way; a message to another node hops the shorter way round, a latency a hop."""
 
+    def room_for(self, nodes: int) -> int:
+        return max(nodes, 2)  # of two, both ways lead to the other
+
     def check(self, nodes: int) -> None:
-        if nodes == 2:
-            return  # both ways lead to the other node
         if nodes < 2:
             raise ValueError(f"Ring: {nodes} node can't be wired to neighbours; give at least 2 nodes")
 
