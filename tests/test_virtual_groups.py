@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from fractions import Fraction
 from typing import Any
 
@@ -160,3 +161,26 @@ def lends(comm: Any) -> str:
 
 def test_communicators_do_not_travel() -> None:
     assert all(said.startswith("a communicator can't be pickled") for said in run(lends, 2))
+
+
+def moves_pieces(comm: Any) -> None:
+    p, r = comm.world_size, comm.rank
+    x = np.full(1000, float(r))
+    everybody = comm.gather(x, 3)
+    assert everybody is None or (everybody[:, 0] == np.arange(p)).all()
+    assert (comm.scatter(everybody, 3) == r).all()
+    row = np.full((p, 10), r)
+    column = np.empty_like(row)
+    comm.all_to_all(column, row)
+    assert (column[:, 0] == np.arange(p)).all()
+
+
+def test_a_rank_holds_only_the_pieces_that_it_sends_or_receives() -> None:
+    """100 ranks have 0.8 MB of x together; with the whole on each it would be 80 MB."""
+    run(moves_pieces, 2)
+    tracemalloc.start()
+    try:
+        run(moves_pieces, 100)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()

@@ -88,7 +88,9 @@ class Communicator(ABC):
         """Start a collective: check that all ranks mean the same one. Its tag: a negative number of its own."""
         raise NotImplementedError
 
-    def run_schedule(self, name: str, flat: Array, op: ReduceOp | None, tag: int, root: int = 0) -> None:
+    def run_schedule(
+        self, name: str, flat: Array | execute.Pieces, op: ReduceOp | None, tag: int, root: int = 0
+    ) -> None:
         """This rank's part of the schedule of that name (``schedules.get``) on the flat array, in place.
 
         All collectives below come here, after ``begin`` has given them their ``tag``. ``op`` None: it only copies.
@@ -161,6 +163,7 @@ class Communicator(ABC):
         if async_op:
             return self._defer(lambda: self.all_gather(out, x))
         self._check_parts(x, out, "all_gather(out, x)")
+        check_array(out, writes=True)
         tag = self._begin("all_gather", x)
         execute.all_gather(self, out, x, tag)
         return None
@@ -170,6 +173,7 @@ class Communicator(ABC):
         if async_op:
             return self._defer(lambda: self.broadcast(x, src))
         self._check_peer(src, "src")
+        check_array(x, writes=self.rank != src)
         tag = self._begin("broadcast", x, f"src={src}")
         with execute.contiguous(x, writes=self.rank != src) as flat:
             self.run_schedule("broadcast", flat, None, tag, src)
@@ -211,6 +215,7 @@ class Communicator(ABC):
                 raise ValueError(f"all_to_all: {name} must have shape (p={self.world_size}, …): {array.shape}")
         if out.shape != x.shape or out.dtype != x.dtype:
             raise ValueError(f"all_to_all: out {out.dtype} {out.shape} and x {x.dtype} {x.shape} must be alike")
+        check_array(out, writes=True)
         tag = self._begin("all_to_all", x)
         execute.all_to_all(self, out, x, tag)
         return None

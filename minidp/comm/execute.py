@@ -6,7 +6,7 @@ a rank in one step are added in order of rank, its own value taking its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,9 @@ def contiguous(x: Array, writes: bool = True) -> Iterator[Array]:
             x[...] = flat.reshape(x.shape)
 
 
-def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceOp | None, tag: int) -> None:
+def by_messages(
+    comm: Communicator, schedule: Schedule, flat: Array | Pieces, op: ReduceOp | None, tag: int
+) -> None:
     """Execute this rank's part of ``schedule`` on the flat array, in place; ``op`` None: it only copies."""
     at_once = schedule.name.startswith("direct")  # all arrive in one step: averaged before halves are rounded
     bounds = chunk_bounds(len(flat), schedule.chunks)
@@ -48,6 +50,7 @@ def by_messages(comm: Communicator, schedule: Schedule, flat: Array, op: ReduceO
             work.wait()
         _store(flat, list(zip(receives, arrived)), bounds, comm.rank, op, at_once)
     if op is not None and not at_once and schedule.name in schedules.ALL_REDUCE:
+        assert not isinstance(flat, Pieces)
         finish(flat, op, comm.world_size)
 
 
@@ -72,36 +75,66 @@ def all_gather(comm: Communicator, out: Array, x: Array, tag: int) -> None:
 
 
 def gather(comm: Communicator, x: Array, dst: int, tag: int) -> Array | None:
-    everybody = np.empty((comm.world_size, *x.shape), x.dtype)
-    everybody[comm.rank] = x
+    p, rank = comm.world_size, comm.rank
+    if rank != dst:
+        comm.run_schedule("gather", Pieces({rank: x.reshape(-1)}, p), None, tag, dst)
+        return None
+    everybody = np.empty((p, *x.shape), x.dtype)
+    everybody[rank] = x
     comm.run_schedule("gather", everybody.reshape(-1), None, tag, dst)
-    return everybody if comm.rank == dst else None
+    return everybody
 
 
 def scatter(comm: Communicator, x: Array | None, out: Array, src: int, tag: int) -> Array:
-    everybody = np.empty((comm.world_size, *out.shape), out.dtype)
-    if x is not None and comm.rank == src:
-        everybody[...] = x
-    comm.run_schedule("scatter", everybody.reshape(-1), None, tag, src)
-    out[...] = everybody[comm.rank]
+    p, rank = comm.world_size, comm.rank
+    if rank != src:
+        comm.run_schedule("scatter", Pieces({rank: out.reshape(-1)}, p), None, tag, src)
+        return out
+    assert x is not None
+    comm.run_schedule("scatter", x.reshape(-1), None, tag, src)
+    out[...] = x[rank]
     return out
 
 
 def all_to_all(comm: Communicator, out: Array, x: Array, tag: int) -> None:
-    """Works on the whole p × p matrix of pieces, as the schedule is written: row r is rank r's."""
-    p = comm.world_size
-    matrix = np.empty((p, *x.shape), x.dtype)
-    matrix[comm.rank] = x
-    comm.run_schedule("all_to_all", matrix.reshape(-1), None, tag)
-    out[...] = matrix[:, comm.rank]
+    """The schedule is that of the whole p × p matrix of pieces: rank r has row r, and ends with column r."""
+    p, rank = comm.world_size, comm.rank
+    with contiguous(out) as flat:
+        column, row = flat.reshape(p, -1), x.reshape(p, -1)
+        column[rank] = row[rank]
+        pieces = {i * p + rank: column[i] for i in range(p)} | {rank * p + j: row[j] for j in range(p)}
+        comm.run_schedule("all_to_all", Pieces(pieces, p * p), None, tag)
 
 
-def _slice(flat: Array, message: Message, bounds: list[tuple[int, int]]) -> Array:
+class Pieces:
+    """Of a flat array of ``count`` chunks, all of one size, those that this rank sends or receives.
+
+    To hold all of it, most of which never comes near this rank, would take p times the memory.
+    """
+
+    def __init__(self, chunks: Mapping[int, Array], count: int) -> None:
+        self._chunks = chunks
+        some = next(iter(chunks.values()))
+        self._each, self._length = some.size, some.size * count
+        self.dtype, self.itemsize = some.dtype, some.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> Array:
+        """The chunk that begins there."""
+        return self._chunks[part.start // self._each] if self._each else np.empty(0, self.dtype)
+
+    def __setitem__(self, part: slice, data: Array) -> None:
+        self[part][...] = data
+
+
+def _slice(flat: Array | Pieces, message: Message, bounds: list[tuple[int, int]]) -> Array:
     return flat[bounds[message.start][0] : bounds[message.stop - 1][1]]
 
 
 def _store(
-    flat: Array,
+    flat: Array | Pieces,
     received: list[tuple[Message, Array]],
     bounds: list[tuple[int, int]],
     rank: int,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from minidp.comm.board import disagreement
 from minidp.comm.errors import CollectiveMismatch
+from minidp.comm.execute import Pieces
 from minidp.comm.movement import Group, Movement, Round, by_waves
 from minidp.comm.reduction import ReduceOp
 from minidp.comm.values import combine
@@ -41,7 +42,7 @@ class Payload(NamedTuple):
     """What a rank brings: its flat array, and the schedule that says what becomes of all of them."""
 
     schedule: str
-    flat: Array
+    flat: Array | Pieces
     op: ReduceOp | None
 
 

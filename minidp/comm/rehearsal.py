@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from minidp import backend
 from minidp.comm.communicator import Communicator
+from minidp.comm.execute import Pieces
 from minidp.comm.reduction import SUM, ReduceOp
 from minidp.comm.traffic import Traffic
 from minidp.comm.work import Work
@@ -189,7 +190,7 @@ class Rehearsal(Communicator):
     def begin(self, operation: str, detail: str = "") -> int:
         return -1
 
-    def run_schedule(self, name: str, flat: Array, op: ReduceOp | None, tag: int, root: int = 0) -> None:
+    def run_schedule(self, name: str, flat: Array | Pieces, op: ReduceOp | None, tag: int, root: int = 0) -> None:
         self._note(name, len(flat), flat.itemsize, root)
 
     def all_reduce(

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from minidp.comm.execute import Pieces
 from minidp.comm.reduction import ReduceOp, finish, fold
 from minidp.comm.schedules import ALL_REDUCE
 from minidp.comm.transfers import chunk_bounds
 from minidp.comm.waves import waves
 
 Array = npt.NDArray[Any]
+Flat = Array | Pieces
 Sum = tuple[int, tuple[int, ...]]  # the rank that gets it, the ranks whose values are its terms, in order
 _SMALL = 4096  # bytes of a chunk below which one vector operation over all chunks beats one for each
 
 
-def combine(name: str, root: int, arrays: Sequence[Array], op: ReduceOp | None) -> None:
+def combine(name: str, root: int, arrays: Sequence[Flat], op: ReduceOp | None) -> None:
     """Do to the ranks' flat arrays, in place, what the schedule ``name`` does (see `schedules`).
 
     Args:
@@ -34,7 +36,7 @@ def combine(name: str, root: int, arrays: Sequence[Array], op: ReduceOp | None) 
     """
     if name in ALL_REDUCE:
         assert op is not None
-        _all_reduce(name, arrays, op)
+        _all_reduce(name, cast("Sequence[Array]", arrays), op)
     else:
         _OTHERS[name](arrays, root, op)
 
@@ -126,6 +128,12 @@ def _broadcast(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None:
     _give(arrays[root], arrays)
 
 
+def _parts(x: Flat, count: int) -> list[slice]:
+    """The chunks of an array that has that many, of equal size."""
+    each = len(x) // count
+    return [slice(i * each, (i + 1) * each) for i in range(count)]
+
+
 def _rows(x: Array, p: int) -> Array:
     """Chunks of equal size, as these collectives have."""
     return x.reshape(p, -1)
@@ -138,27 +146,24 @@ def _all_gather(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None
         _give(everybody, arrays)
 
 
-def _gather(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None:
+def _gather(arrays: Sequence[Flat], root: int, op: ReduceOp | None) -> None:
+    for rank, part in enumerate(_parts(arrays[0], len(arrays))):
+        if rank != root:
+            arrays[root][part] = arrays[rank][part]
+
+
+def _scatter(arrays: Sequence[Flat], root: int, op: ReduceOp | None) -> None:
+    for rank, part in enumerate(_parts(arrays[0], len(arrays))):
+        if rank != root:
+            arrays[rank][part] = arrays[root][part]
+
+
+def _all_to_all(arrays: Sequence[Flat], root: int, op: ReduceOp | None) -> None:
     p = len(arrays)
-    if len(arrays[0]):
-        for rank, x in enumerate(arrays):
-            _rows(arrays[root], p)[rank] = _rows(x, p)[rank]
-
-
-def _scatter(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None:
-    p = len(arrays)
-    if len(arrays[0]):
-        for rank, x in enumerate(arrays):
-            _rows(x, p)[rank] = _rows(arrays[root], p)[rank]
-
-
-def _all_to_all(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None:
-    p = len(arrays)
-    if len(arrays[0]):
-        matrices = [x.reshape(p, p, -1) for x in arrays]
-        for dst, theirs in enumerate(matrices):
-            for src, mine in enumerate(matrices):
-                theirs[src, dst] = mine[src, dst]
+    for i, part in enumerate(_parts(arrays[0], p * p)):
+        src, dst = divmod(i, p)
+        if src != dst:
+            arrays[dst][part] = arrays[src][part]
 
 
 def _direct_reduce(arrays: Sequence[Array], root: int, op: ReduceOp | None) -> None:
@@ -178,7 +183,7 @@ def _direct_reduce_scatter(arrays: Sequence[Array], root: int, op: ReduceOp | No
             _rows(x, p)[rank] = _rows(total, p)[rank]
 
 
-_OTHERS: dict[str, Callable[[Sequence[Array], int, ReduceOp | None], None]] = {
+_OTHERS: dict[str, Callable[[Any, int, ReduceOp | None], None]] = {
     "broadcast": _broadcast,
     "all_gather": _all_gather,
     "gather": _gather,

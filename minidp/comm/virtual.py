@@ -158,7 +158,9 @@ class VirtualCommunicator(Communicator):
         self._check(x)
         return super()._begin(operation, x, *details)
 
-    def run_schedule(self, name: str, flat: Array, op: ReduceOp | None, tag: int, root: int = 0) -> None:
+    def run_schedule(
+        self, name: str, flat: Array | execute.Pieces, op: ReduceOp | None, tag: int, root: int = 0
+    ) -> None:
         self._collective(name, name, flat, op, root)
 
     def all_reduce(
@@ -201,9 +203,9 @@ class VirtualCommunicator(Communicator):
         everybody: bytes = meeting.make(lambda: pickle.dumps([pickle.loads(each) for each in meeting.everybody()]))
         return list(pickle.loads(everybody))
 
-    def _collective(self, schedule: str, timed: str, flat: Array, op: ReduceOp | None, root: int = 0) -> None:
-        only_reads = {"broadcast": self.rank == root, "direct_reduce": self.rank != root}
-        check_array(flat, writes=not only_reads.get(schedule, False))
+    def _collective(
+        self, schedule: str, timed: str, flat: Array | execute.Pieces, op: ReduceOp | None, root: int = 0
+    ) -> None:
         movement = Movement(timed, root, len(flat), flat.itemsize)
         self._meet(self._header, payload=Payload(schedule, flat, op), movement=movement)
 
