@@ -177,7 +177,7 @@ def moves_pieces(comm: Any) -> None:
 
 def test_a_rank_holds_only_the_pieces_that_it_sends_or_receives() -> None:
     """100 ranks have 0.8 MB of x together; with the whole on each it would be 80 MB."""
-    run(moves_pieces, 2)
+    run(moves_pieces, 4)  # what is made once only
     tracemalloc.start()
     try:
         run(moves_pieces, 100)
