@@ -22,13 +22,14 @@ class DropoutScope:
 
     def __init__(self, seed: int = 0, update: int = 0, rank: int = 0) -> None:
         self.seed, self.update, self.rank = seed, update, rank
-        self._calls: dict[str, int] = {}
+        self._calls: dict[tuple[int, str], int] = {}
         self._tokens: list[Token[DropoutScope | None]] = []
 
     def next_call(self, layer: str) -> int:
-        """Return how often `layer` has drawn a mask in this scope before, and count this time."""
-        call = self._calls.get(layer, 0)
-        self._calls[layer] = call + 1
+        """Return how often `layer` has drawn a mask for this rank in this scope before; count this time."""
+        key = self.rank, layer
+        call = self._calls.get(key, 0)
+        self._calls[key] = call + 1
         return call
 
     def begin(self, update: int) -> None:

@@ -107,6 +107,11 @@ class Layout:
         for parameter in self._parameters:
             parameter._grad_written = False
 
+    def mark_written(self) -> None:
+        """The next gradient of each parameter is added to what is there."""
+        for parameter in self._parameters:
+            parameter._grad_written = True
+
     def describe(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         """Return (name, shape, dtype) of each segment: equal on two ranks iff their slabs fit together."""
         return tuple((s.name, s.shape, str(self.dtype)) for s in self.segments)

@@ -63,6 +63,8 @@ class BucketedDataParallel(DataParallel):
         self._moving = comm.duplicate(f"{self.label} buckets")
         self._counting = comm.duplicate(f"{self.label} samples")
         self._exchanged = self._moving.traffic
+        # Whose sums are the upper levels of the tree of micro-shards: ranks 0 and 1, 2 and 3, then pairs of pairs.
+        self._order = None if self.micro_shards is None else "recursive_doubling"
         own = slabs.grads[0]
         travels = np.zeros(own.size, np.float32 if is_half(own.dtype) else own.dtype)  # wide enough for the sum
         self._views = [(own[b.lo : b.hi], travels[b.lo : b.hi]) for b in self.buckets]
@@ -73,7 +75,7 @@ class BucketedDataParallel(DataParallel):
         return slabs, [(0, self.layout.size)], [travels]
 
     def backward(self, loss: Tensor, samples: int) -> None:
-        if self._backwards != self.accumulation_steps - 1:
+        if self._backwards != self._most_backwards - 1:
             super().backward(loss, samples)
             return
         self._missing = [set() for _ in self.buckets]
@@ -86,6 +88,11 @@ class BucketedDataParallel(DataParallel):
             for remove in removers:
                 remove()
         self._send_rest()
+
+    def _add_leaves(self) -> None:
+        self._send_rest()  # which adds them bucket by bucket
+        if self._tree is not None:
+            self._tree.show()
 
     def discard(self) -> None:
         """Forget the gradients of the step that has begun, and a failure in it. Not collective.
@@ -116,18 +123,21 @@ class BucketedDataParallel(DataParallel):
 
     def _send(self) -> None:
         """Begin the all-reduce of the next bucket."""
-        own, travels = self._views[len(self._left)]
+        bucket = self.buckets[len(self._left)]
+        if self._tree is not None and self._backwards > 0:
+            self._tree.finish(bucket.lo, bucket.hi)
+        own, travels = self._views[bucket.index]
         while self._void:  # then all ranks have come to the discarded step, and its buffers are free
             self._void.pop(0).wait()
         travels[...] = own
-        work = self._moving.all_reduce(travels, async_op=True)
+        work = self._moving.all_reduce(travels, algorithm=self._order, async_op=True)
         assert work is not None
         self._left.append(work)
 
     def _send_rest(self) -> None:
         """Nothing more will be added: send the buckets of parameters that this rank has not used."""
         if len(self._left) < len(self.buckets):
-            self.layout.zero_unwritten(self._own)
+            self.layout.zero_unwritten(self._own if self._tree is None else self._tree.buffer)
         while len(self._left) < len(self.buckets):
             self._send()
 

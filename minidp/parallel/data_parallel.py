@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from minidp import trace
+from minidp.autograd import Tensor
 from minidp.comm import Communicator
 from minidp.comm.reduction import is_half
 from minidp.nn import Module
@@ -29,6 +30,7 @@ from minidp.optim import Optimizer
 from minidp.parallel import norms
 from minidp.parallel.buckets import make_buckets, pieces, runs, slices
 from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.micro_shards import Leaves, add_in_tree, check_dtype, leaves_of, one_blas_thread
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
@@ -45,6 +47,7 @@ class _Block(NamedTuple):
     params: tuple[Flat, Flat]
     state: tuple[dict[str, Flat], dict[str, Flat]]
     mean: Flat  # work array: the sum, then the mean
+    upper: tuple[Flat, ...]  # work arrays: sums of the tree of micro-shards above this rank's
     scratch: tuple[Flat, ...]
 
 
@@ -64,6 +67,9 @@ class DataParallel(Strategy):
         comm: the ranks that train together. Where they share no memory (``not comm.shares_memory``) this class
             yields a ``BucketedDataParallel``: the same in messages.
         accumulation_steps: backwards that may be added up before a step.
+        micro_shards: V, a power of two that the number of ranks divides: the bits of w are then the same for every
+            such number, on one machine and library build (see ``micro_shards.py``). The global batch must be the
+            same, too: ``DataLoader(global_batch_size=)``. Until ``release`` this process runs BLAS in one thread.
         bucket_cap_mb: gradients leave in buckets of about this size: in shared memory all in ``step``, in messages
             during the last backward. Their order is fixed, and the result does not depend on this number.
         clip_norm: scale the averaged gradient down to this 2-norm if it is longer.
@@ -92,13 +98,18 @@ class DataParallel(Strategy):
         optimizer: Optimizer,
         comm: Communicator,
         *,
+        micro_shards: int | None = None,
         accumulation_steps: int = 1,
         bucket_cap_mb: float = 25,
         clip_norm: float | None = None,
         check_finite: bool = True,
     ) -> None:
-        self.bucket_cap_mb = bucket_cap_mb
-        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
+        self.bucket_cap_mb, self.micro_shards = bucket_cap_mb, micro_shards
+        leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
+        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
+        if micro_shards is not None:
+            check_dtype(np.dtype(self.layout.dtype))
+            self._blas = one_blas_thread()
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._pieces = pieces(self.layout, 0, self.layout.size)
         self._slabs, self._slices, parts = self._start(comm)
@@ -111,6 +122,10 @@ class DataParallel(Strategy):
         self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
         self._scale = 1.0
         self._troubles: list[_Trouble] = []  # of this rank's blocks, in this step
+        self._tree: Leaves | None = None
+        if leaves > 1:
+            self._tree = Leaves(self.layout, self._own, leaves, accumulation_steps)
+        self._dropout.rank = self.comm.rank * leaves
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
         """Slabs with rank 0's w in them; which slices this rank sums and updates; the gradients to be summed."""
@@ -138,15 +153,44 @@ class DataParallel(Strategy):
         self.discard()
 
     def _options(self) -> tuple[Any, ...]:
-        return (*super()._options(), self.bucket_cap_mb)
+        return (*super()._options(), self.bucket_cap_mb, self.micro_shards)
+
+    def release(self) -> None:
+        super().release()
+        if self._blas is not None:
+            self._blas.restore_original_limits()
+            self._blas = None
 
     # -- a step ----------------------------------------------------------------------------------------
 
     def _start_gradients(self) -> None:
-        self.layout.clear_written()
+        if self._tree is None:
+            self.layout.clear_written()
+        else:
+            self._tree.begin()
+            self._dropout.rank = self.comm.rank * self._leaves
+
+    def backward(self, loss: Tensor, samples: int) -> None:
+        super().backward(loss, samples)
+        if self._tree is None:
+            return
+        if self._backwards < self._most_backwards:
+            self._tree.next()
+            self._dropout.rank = self.comm.rank * self._leaves + self._tree.current
+        else:
+            self._add_leaves()
+
+    def _add_leaves(self) -> None:
+        """The last micro-shard of the step has come."""
+        if self._tree is not None and self._backwards:
+            self.layout.zero_unwritten(self._tree.buffer)
+            self._tree.finish(0, self.layout.size)
+            self._tree.show()
 
     def _reduce_and_update(self, samples: int) -> None:
         comm = self.comm
+        if self._backwards < self._most_backwards:
+            self._add_leaves()
         self.layout.zero_unwritten(self._own)
         with trace.span("wait for gradients", "wait"):
             total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
@@ -184,7 +228,9 @@ class DataParallel(Strategy):
         Where the division is exact it is left to the update, as its ``scale``: the same bits, a pass less.
         """
         out, parts = block.mean, block.parts
-        if len(parts) == 1:
+        if len(parts) > 2 and self.micro_shards is not None:
+            summed = add_in_tree(parts, (out, *block.upper))
+        elif len(parts) == 1:
             summed = parts[0] if parts[0].dtype == out.dtype else parts[0].astype(out.dtype)
         else:
             summed = np.add(parts[0], parts[1], out=out, dtype=out.dtype)
@@ -257,6 +303,8 @@ class DataParallel(Strategy):
         work = np.empty(length, np.float32 if is_half(dtype) else dtype)
         in_place = len(parts) == 1 and work.dtype == parts[0].dtype  # then the sum itself becomes the mean
         scratch = tuple(np.empty(length, dtype) for _ in range(self.optimizer.scratch))
+        levels = len(parts).bit_length() - 2 if self.micro_shards is not None else 0
+        upper = tuple(np.empty(length, dtype) for _ in range(levels))
         blocks = []
         groups = [self.optimizer.group_of(segment.parameter) for segment in self.layout.segments]
         for start, stop, group in runs(self.layout, groups, self._slices):
@@ -271,6 +319,7 @@ class DataParallel(Strategy):
                         params=(slabs.params[0][lo:hi], slabs.params[1][lo:hi]),
                         state=tuple({k: v[i][lo:hi] for k, v in slabs.state.items()} for i in (0, 1)),  # type: ignore[arg-type]
                         mean=parts[0][lo:hi] if in_place else work[: hi - lo],
+                        upper=tuple(array[: hi - lo] for array in upper),
                         scratch=tuple(array[: hi - lo] for array in scratch),
                     )
                 )

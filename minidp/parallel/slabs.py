@@ -41,7 +41,7 @@ class Slabs:
         buffers = copies * (1 + len(slots))
         # One allocation, with rank 0's share holding what there is one of: a peer's share is its gradients.
         if comm is None:
-            views = [_private((buffers + 1) * size, dtype)]
+            views = [private((buffers + 1) * size, dtype)]
         else:
             common = buffers * layout.nbytes if comm.rank == 0 else 0
             views = [view.view(dtype) for view in comm.allocate(common + layout.nbytes)]
@@ -71,7 +71,7 @@ class Slabs:
         self.layout.point(self._views[self.current])
 
 
-def _private(size: int, dtype: np.dtype[Any]) -> Flat:
+def private(size: int, dtype: np.dtype[Any]) -> Flat:
     """Memory of this rank's own, zeroed, that begins at a cache line as shared memory does."""
     raw = np.zeros(size + ALIGNMENT_BYTES // dtype.itemsize, dtype)  # not bytes: Fractions are objects
     start = -raw.ctypes.data % ALIGNMENT_BYTES // dtype.itemsize

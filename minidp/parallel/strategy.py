@@ -13,6 +13,7 @@ import numpy as np
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import CollectiveMismatch, Communicator, Traffic
+from minidp.data.sharding import cut
 from minidp.nn import Dropout, DropoutScope, Layout, Module
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
@@ -51,6 +52,7 @@ class Strategy(ABC):
         accumulation_steps: int = 1,
         clip_norm: float | None = None,
         check_finite: bool = True,
+        leaves: int = 1,
     ) -> None:
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps={accumulation_steps}: at least one backward makes a step")
@@ -69,6 +71,7 @@ class Strategy(ABC):
         _owners[model] = ref(self)
         self.updates = 0
         self._exchanged = Traffic(parent=self.comm.traffic)
+        self._leaves = leaves  # micro-shards that this rank's batch is cut into
         self._backwards = self._samples = 0
         self._poison: BaseException | None = None
         # This rank's dropout masks, in the caller's own forwards as well: a function of seed, update and rank.
@@ -93,6 +96,16 @@ class Strategy(ABC):
 
         Returns: the loss on this rank, shape (), without a graph. Sent: nothing.
         """
+        if self._leaves == 1:
+            return self._forward_backward(x, y, loss_fn)
+        self._check_backward()
+        total: Any = 0
+        for start, stop in cut(len(x), self._leaves):
+            loss = self._forward_backward(x[start:stop], y[start:stop], loss_fn)
+            total = total + loss.data * (stop - start)
+        return Tensor(np.asarray(total / max(1, len(x)), dtype=loss.dtype))
+
+    def _forward_backward(self, x: Any, y: Any, loss_fn: Callable[[Tensor, Any], Tensor]) -> Tensor:
         self._check_backward()
         try:
             with trace.span("forward", "compute"):
@@ -106,7 +119,8 @@ class Strategy(ABC):
     def backward(self, loss: Tensor, samples: int) -> None:
         """Add n_i ∇L_i to this rank's gradients: ``loss`` is a mean over ``samples`` items (tokens, for text).
 
-        May be called ``accumulation_steps`` times before ``step``. With 0 samples it adds zeros.
+        May be called ``accumulation_steps`` times before ``step``. With 0 samples it adds zeros. With
+        ``micro_shards=V`` each call is one micro-shard, V/N make a backward of this rank's batch.
         """
         self._check_backward()
         if not isinstance(samples, WHOLE) or samples < 0:
@@ -138,6 +152,11 @@ class Strategy(ABC):
             raise RuntimeError(
                 "there are gradients that the strategy knows nothing of: call strategy.backward(loss, samples=n) "
                 "in place of loss.backward(), so that they can be weighted with n"
+            )
+        if self._backwards % self._leaves:
+            raise RuntimeError(
+                f"backward was called {self._backwards} times: here {self._leaves} micro-shards make this rank's "
+                "batch. Call strategy.forward_backward(x, y, loss_fn), which cuts it, or backward once for each"
             )
         try:
             with np.errstate(all="ignore"):  # NaN and infinity are looked for, not stumbled over
@@ -228,11 +247,18 @@ class Strategy(ABC):
             raise RuntimeError(
                 "an earlier forward or backward of this step failed: call strategy.discard() first"
             ) from self._poison
-        if self._backwards == self.accumulation_steps:
+        if self._backwards == self._most_backwards:
+            times = self._backwards // self._leaves + 1
+            each = f", {self._leaves} micro-shards each," if self._leaves > 1 else ""
             raise RuntimeError(
-                f"backward was called {self._backwards + 1} times before step(): give the strategy "
-                f"accumulation_steps={self._backwards + 1} if the gradients shall add up, or call step()"
+                f"backward was called {times} times{each} before step(): give the strategy "
+                f"accumulation_steps={times} if the gradients shall add up, or call step()"
             )
+
+    @property
+    def _most_backwards(self) -> int:
+        """How many make a full step."""
+        return self.accumulation_steps * self._leaves
 
     def _agree(self) -> None:
         """See that all ranks have built the same: each applies its own rule, to its own w or its slice of it.
