@@ -40,6 +40,7 @@ THIRD_PARTY = {
     "comm": {"greenlet"},
     "nn": {"safetensors"},
     "launch": {"cloudpickle", "greenlet", "multiprocessing_logging", "rich", "threadpoolctl"},
+    "parallel": {"threadpoolctl"},  # micro_shards: the number of BLAS threads changes bits
     "demo": {"rich"},
     "plan": {"matplotlib", "rich"},
     "bench": {"rich", "threadpoolctl", "torch", "mpi4py"},

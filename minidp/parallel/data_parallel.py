@@ -17,46 +17,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import Communicator
-from minidp.comm.reduction import is_half
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
-from minidp.parallel.buckets import make_buckets, pieces, runs, slices
+from minidp.parallel.blocks import Block, Trouble, cut_blocks, find_trouble
+from minidp.parallel.buckets import make_buckets, pieces, slices
 from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.micro_shards import Leaves, add_in_tree, check_dtype, leaves_of, one_blas_thread
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
-
-BLOCK_BYTES = 512 * 1024  # best of 32 KB to 4 MB: larger spills from L2, smaller is more Python than work
-
-
-class _Block(NamedTuple):
-    """A piece of this rank's slice, within one parameter group: views made once, used every step."""
-
-    lo: int
-    hi: int
-    group: int
-    parts: list[Flat]  # every rank's gradients
-    params: tuple[Flat, Flat]
-    state: tuple[dict[str, Flat], dict[str, Flat]]
-    mean: Flat  # work array: the sum, then the mean
-    upper: tuple[Flat, ...]  # work arrays: sums of the tree of micro-shards above this rank's
-    scratch: tuple[Flat, ...]
-
-
-class _Trouble(NamedTuple):
-    """The first element whose sum is not finite, and the first rank that brought it (-1: only the sum is not)."""
-
-    element: int
-    rank: int
-    value: float
 
 
 class DataParallel(Strategy):
@@ -105,6 +81,7 @@ class DataParallel(Strategy):
         check_finite: bool = True,
     ) -> None:
         self.bucket_cap_mb, self.micro_shards = bucket_cap_mb, micro_shards
+        self._blas: Any = None
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         if micro_shards is not None:
@@ -116,12 +93,13 @@ class DataParallel(Strategy):
         # One gradient slab: what this rank adds up is the whole, and w has one buffer.
         self._alone = len(self._slabs.grads) == 1
         self._own = self._slabs.grads[0 if self._alone else self.comm.rank]
-        self._blocks = self._cut_blocks(parts)
+        upper = 0 if micro_shards is None else len(parts).bit_length() - 2
+        self._blocks = cut_blocks(self.layout, self.optimizer, self._slabs, self._slices, parts, upper)
         self._mine = sum(hi - lo for lo, hi in self._slices)  # elements
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
         self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
         self._scale = 1.0
-        self._troubles: list[_Trouble] = []  # of this rank's blocks, in this step
+        self._troubles: list[Trouble] = []  # of this rank's blocks, in this step
         self._tree: Leaves | None = None
         if leaves > 1:
             self._tree = Leaves(self.layout, self._own, leaves, accumulation_steps)
@@ -206,7 +184,7 @@ class DataParallel(Strategy):
             self._raise_non_finite(elements, trouble)
         self._slabs.flip()
 
-    def _average_and_update(self, total: int) -> _Trouble | None:
+    def _average_and_update(self, total: int) -> Trouble | None:
         """∇L and w' of this rank's blocks; the first trouble in them, with which w' is void."""
         self._troubles.clear()
         self._scale = 1 / total if self._exact and total & (total - 1) == 0 else 1
@@ -222,7 +200,7 @@ class DataParallel(Strategy):
             self._update(block, gradient)
         return min(self._troubles, default=None)
 
-    def _reduce(self, block: _Block, total: int) -> Flat:
+    def _reduce(self, block: Block, total: int) -> Flat:
         """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32.
 
         Where the division is exact it is left to the update, as its ``scale``: the same bits, a pass less.
@@ -238,13 +216,13 @@ class DataParallel(Strategy):
                 np.add(out, part, out=out)
         # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
         if self.check_finite and not math.isfinite(np.dot(summed, summed)):
-            self._troubles += _find_trouble(block, summed)
+            self._troubles += find_trouble(block, summed)
         if self._scale != 1:
             return summed
         np.divide(summed, total, out=out)
         return out if out.dtype == block.params[0].dtype else out.astype(block.params[0].dtype)
 
-    def _update(self, block: _Block, gradient: Flat) -> None:
+    def _update(self, block: Block, gradient: Flat) -> None:
         """w' ← rule(w, ∇L) on this block, from the current buffers into the others."""
         now, after = self._slabs.current, 1 - self._slabs.current
         hyper = self._hyper[block.group]
@@ -287,51 +265,9 @@ class DataParallel(Strategy):
         each_way = (self.layout.size - self._mine + self._mine * peers) * self.layout.itemsize
         self._exchanged.add(each_way, each_way, 2 * peers)
 
-    def _raise_non_finite(self, elements: list[int], mine: _Trouble | None) -> None:
+    def _raise_non_finite(self, elements: list[int], mine: Trouble | None) -> None:
         """All ranks raise the same: the first element's trouble, told by the rank that found it."""
         finder = min((element, rank) for rank, element in enumerate(elements) if element)[1]
-        trouble: _Trouble = self.comm.broadcast_object(mine, finder)
+        trouble: Trouble = self.comm.broadcast_object(mine, finder)
         (name, *_) = self.layout.names_at(trouble.element, trouble.element + 1)
         raise NonFiniteGradient(name, trouble.rank, self.updates, trouble.value)
-
-    # -- made once -------------------------------------------------------------------------------------
-
-    def _cut_blocks(self, parts: list[Flat]) -> list[_Block]:
-        """This rank's slices of all buckets, in launch order, cut to blocks of one parameter group each."""
-        slabs, dtype = self._slabs, np.dtype(self.layout.dtype)
-        length = BLOCK_BYTES // dtype.itemsize
-        work = np.empty(length, np.float32 if is_half(dtype) else dtype)
-        in_place = len(parts) == 1 and work.dtype == parts[0].dtype  # then the sum itself becomes the mean
-        scratch = tuple(np.empty(length, dtype) for _ in range(self.optimizer.scratch))
-        levels = len(parts).bit_length() - 2 if self.micro_shards is not None else 0
-        upper = tuple(np.empty(length, dtype) for _ in range(levels))
-        blocks = []
-        groups = [self.optimizer.group_of(segment.parameter) for segment in self.layout.segments]
-        for start, stop, group in runs(self.layout, groups, self._slices):
-            for lo in range(start, stop, length):
-                hi = min(lo + length, stop)
-                blocks.append(
-                    _Block(
-                        lo=lo,
-                        hi=hi,
-                        group=group,
-                        parts=[part[lo:hi] for part in parts],
-                        params=(slabs.params[0][lo:hi], slabs.params[1][lo:hi]),
-                        state=tuple({k: v[i][lo:hi] for k, v in slabs.state.items()} for i in (0, 1)),  # type: ignore[arg-type]
-                        mean=parts[0][lo:hi] if in_place else work[: hi - lo],
-                        upper=tuple(array[: hi - lo] for array in upper),
-                        scratch=tuple(array[: hi - lo] for array in scratch),
-                    )
-                )
-        return blocks
-
-
-def _find_trouble(block: _Block, summed: Flat) -> list[_Trouble]:
-    """Look again, slowly; nothing if only the dot product had overflowed."""
-    bad = ~np.isfinite(summed)
-    if not bad.any():
-        return []
-    first = int(bad.argmax())
-    values = [*(float(part[first]) for part in block.parts), float(summed[first])]
-    at = next(i for i, value in enumerate(values) if not math.isfinite(value))
-    return [_Trouble(block.lo + first, at if at < len(block.parts) else -1, values[at])]

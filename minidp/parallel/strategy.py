@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from hashlib import blake2b
 from typing import Any, ClassVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -12,11 +11,12 @@ import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
-from minidp.comm import CollectiveMismatch, Communicator, Traffic
+from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
 from minidp.nn import Dropout, DropoutScope, Layout, Module
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
+from minidp.parallel.agreement import agree, check_parameters, describe
 from minidp.parallel.errors import NonFiniteGradient
 
 StateDict = dict[str, np.ndarray]
@@ -64,10 +64,12 @@ class Strategy(ABC):
         if np.dtype(self.layout.dtype).hasobject:
             self.check_finite = False  # Fractions can't be infinite, and NumPy can't ask them
         _check_free(model)
-        _check_parameters(model, optimizer)
+        check_parameters(model, optimizer)
         # A duplicate, so that the user's own collectives can't come between ours.
         self.comm = comm.duplicate(self.label)
-        self._agree()
+        mine = self.layout.describe(), repr(model), describe(optimizer, self.layout), self._options()
+        agree(self.comm, mine, self.label)
+        self._seed: int = self.comm.broadcast_object(model.init_seed, 0, f"{self.label}(…)")
         _owners[model] = ref(self)
         self.updates = 0
         self._exchanged = Traffic(parent=self.comm.traffic)
@@ -260,46 +262,6 @@ class Strategy(ABC):
         """How many make a full step."""
         return self.accumulation_steps * self._leaves
 
-    def _agree(self) -> None:
-        """See that all ranks have built the same: each applies its own rule, to its own w or its slice of it.
-
-        Of p descriptions on p ranks p² would be unpickled, so they are exchanged only where their digests differ.
-        """
-        mine = (self.layout.describe(), repr(self.model), _describe(self.optimizer, self.layout), self._options())
-        call = f"{self.label}(…)"
-        digest = int.from_bytes(blake2b(repr(mine).encode(), digest_size=7).digest())  # fits an int64
-        if len(set(self.comm.all_gather_int(digest, call))) > 1:
-            everybody = self.comm.all_gather_object(mine, call)
-            for rank, theirs in enumerate(everybody):
-                if theirs != everybody[0]:
-                    raise CollectiveMismatch(
-                        f"rank {rank} has built another {self.label} than rank 0: "
-                        f"{_difference(everybody[0], theirs)}. "
-                        "All ranks must build the same model, optimizer and strategy"
-                    )
-        self._seed: int = self.comm.broadcast_object(self.model.init_seed, 0, call)
-
-
-def _describe(optimizer: Optimizer, layout: Layout) -> tuple[Any, ...]:
-    """Groups with the names of their parameters and their hyperparameters, a schedule by its first rate."""
-    names = {id(segment.parameter): segment.name for segment in layout.segments}
-    groups = [
-        (tuple(names.get(id(p), "frozen") for p in group["params"]), tuple(optimizer.hyper(i, 0).items()))
-        for i, group in enumerate(optimizer.groups)
-    ]
-    return (repr(optimizer), *groups)
-
-
-def _difference(reference: tuple[Any, ...], other: tuple[Any, ...]) -> str:
-    """In words, the first thing in which two ranks' descriptions differ."""
-    parameters, *rest = zip(reference, other)
-    for want, found in zip(*parameters):
-        if want != found:
-            return "{} {} {} instead of {} {} {}".format(*found, *want)
-    if len(parameters[0]) != len(parameters[1]):
-        return f"{len(parameters[1])} trainable parameters instead of {len(parameters[0])}"
-    return next(f"{found} instead of {want}" for want, found in rest if want != found)
-
 
 # Which strategy trains a model, as long as that strategy lives and has not released it.
 _owners: WeakKeyDictionary[Module, ReferenceType[Strategy]] = WeakKeyDictionary()
@@ -312,20 +274,4 @@ def _check_free(model: Module) -> None:
         raise ValueError(
             "the model belongs to another strategy already: build one strategy a model, or call release() on the "
             "other one first"
-        )
-
-
-def _check_parameters(model: Module, optimizer: Optimizer) -> None:
-    """The optimizer must hold exactly the model's trainable parameters."""
-    held = {id(p) for group in optimizer.groups for p in group["params"]}
-    names = {id(p): name for name, p in model.named_parameters()}
-    lacking = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if lacking:
-        raise ValueError(
-            f"the optimizer lacks the parameters {', '.join(lacking)}: give it model.parameters(), or freeze "
-            "them by requires_grad=False"
-        )
-    if any(identity not in names for identity in held):
-        raise ValueError(
-            "the optimizer holds a parameter that is not the model's: build it from this model's parameters()"
         )

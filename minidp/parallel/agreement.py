@@ -1,0 +1,70 @@
+"""What must fit before a strategy starts: the optimizer to the model, and every rank's to those of the others."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+from minidp.comm import CollectiveMismatch, Communicator
+from minidp.nn import Layout, Module
+from minidp.optim import Optimizer
+
+
+def check_parameters(model: Module, optimizer: Optimizer) -> None:
+    """The optimizer must hold exactly the model's trainable parameters."""
+    held = {id(p) for group in optimizer.groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lacking:
+        raise ValueError(
+            f"the optimizer lacks the parameters {', '.join(lacking)}: give it model.parameters(), or freeze "
+            "them by requires_grad=False"
+        )
+    if any(identity not in names for identity in held):
+        raise ValueError(
+            "the optimizer holds a parameter that is not the model's: build it from this model's parameters()"
+        )
+
+
+def describe(optimizer: Optimizer, layout: Layout) -> tuple[Any, ...]:
+    """Groups with the names of their parameters and their hyperparameters, a schedule by its first rate."""
+    names = {id(segment.parameter): segment.name for segment in layout.segments}
+    groups = [
+        (tuple(names.get(id(p), "frozen") for p in group["params"]), tuple(optimizer.hyper(i, 0).items()))
+        for i, group in enumerate(optimizer.groups)
+    ]
+    return (repr(optimizer), *groups)
+
+
+def agree(comm: Communicator, mine: tuple[Any, ...], label: str) -> None:
+    """See that all ranks have built the same: each applies its own rule, to its own w or its slice of it.
+
+    Of p descriptions on p ranks p² would be unpickled, so they are exchanged only where their digests differ.
+
+    Args:
+        mine: the layout's description first, then what else must be equal.
+        label: the strategy's name, for messages.
+
+    Raises CollectiveMismatch on all ranks, with the first thing in which two differ.
+    """
+    call = f"{label}(…)"
+    digest = int.from_bytes(blake2b(repr(mine).encode(), digest_size=7).digest())  # fits an int64
+    if len(set(comm.all_gather_int(digest, call))) > 1:
+        everybody = comm.all_gather_object(mine, call)
+        for rank, theirs in enumerate(everybody):
+            if theirs != everybody[0]:
+                raise CollectiveMismatch(
+                    f"rank {rank} has built another {label} than rank 0: {_difference(everybody[0], theirs)}. "
+                    "All ranks must build the same model, optimizer and strategy"
+                )
+
+
+def _difference(reference: tuple[Any, ...], other: tuple[Any, ...]) -> str:
+    """In words, the first thing in which two ranks' descriptions differ."""
+    parameters, *rest = zip(reference, other)
+    for want, found in zip(*parameters):
+        if want != found:
+            return "{} {} {} instead of {} {} {}".format(*found, *want)
+    if len(parameters[0]) != len(parameters[1]):
+        return f"{len(parameters[1])} trainable parameters instead of {len(parameters[0])}"
+    return next(f"{found} instead of {want}" for want, found in rest if want != found)

@@ -1,0 +1,90 @@
+"""Blocks: the pieces in which a rank sums gradients and updates w, each while it is in the cache."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from minidp.comm.reduction import is_half
+from minidp.nn import Layout
+from minidp.optim import Optimizer
+from minidp.parallel.buckets import runs
+from minidp.parallel.slabs import Flat, Slabs
+
+BLOCK_BYTES = 512 * 1024  # best of 32 KB to 4 MB: larger spills from L2, smaller is more Python than work
+
+
+class Block(NamedTuple):
+    """A piece of this rank's slice, within one parameter group: views made once, used every step."""
+
+    lo: int
+    hi: int
+    group: int
+    parts: list[Flat]  # every rank's gradients
+    params: tuple[Flat, Flat]
+    state: tuple[dict[str, Flat], dict[str, Flat]]
+    mean: Flat  # work array: the sum, then the mean
+    upper: tuple[Flat, ...]  # work arrays: sums of the tree of micro-shards above this rank's
+    scratch: tuple[Flat, ...]
+
+
+class Trouble(NamedTuple):
+    """The first element whose sum is not finite, and the first rank that brought it (-1: only the sum is not)."""
+
+    element: int
+    rank: int
+    value: float
+
+
+def cut_blocks(
+    layout: Layout,
+    optimizer: Optimizer,
+    slabs: Slabs,
+    slices: list[tuple[int, int]],
+    parts: list[Flat],
+    upper: int,
+) -> list[Block]:
+    """A rank's ``slices`` of all buckets, in launch order, cut to blocks of one parameter group each.
+
+    Args:
+        parts: the gradients to be summed, every rank's.
+        upper: work arrays needed besides ``mean``.
+    """
+    dtype = np.dtype(layout.dtype)
+    length = BLOCK_BYTES // dtype.itemsize
+    work = np.empty(length, np.float32 if is_half(dtype) else dtype)
+    in_place = len(parts) == 1 and work.dtype == parts[0].dtype  # then the sum itself becomes the mean
+    scratch = tuple(np.empty(length, dtype) for _ in range(optimizer.scratch))
+    sums = tuple(np.empty(length, dtype) for _ in range(upper))
+    blocks = []
+    groups = [optimizer.group_of(segment.parameter) for segment in layout.segments]
+    for start, stop, group in runs(layout, groups, slices):
+        for lo in range(start, stop, length):
+            hi = min(lo + length, stop)
+            blocks.append(
+                Block(
+                    lo=lo,
+                    hi=hi,
+                    group=group,
+                    parts=[part[lo:hi] for part in parts],
+                    params=(slabs.params[0][lo:hi], slabs.params[1][lo:hi]),
+                    state=tuple({k: v[i][lo:hi] for k, v in slabs.state.items()} for i in (0, 1)),  # type: ignore[arg-type]
+                    mean=parts[0][lo:hi] if in_place else work[: hi - lo],
+                    upper=tuple(array[: hi - lo] for array in sums),
+                    scratch=tuple(array[: hi - lo] for array in scratch),
+                )
+            )
+    return blocks
+
+
+def find_trouble(block: Block, summed: Flat) -> list[Trouble]:
+    """Look again, slowly; nothing if only the dot product had overflowed."""
+    bad = ~np.isfinite(summed)
+    if not bad.any():
+        return []
+    first = int(bad.argmax())
+    values = [*(float(part[first]) for part in block.parts), float(summed[first])]
+    at = next(i for i, value in enumerate(values) if not math.isfinite(value))
+    return [Trouble(block.lo + first, at if at < len(block.parts) else -1, values[at])]
