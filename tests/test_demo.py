@@ -17,7 +17,7 @@ import pytest
 OPTIONS = (
     *("--workers", "--epochs", "--global-batch-size", "--lr", "--optimizer", "--naive", "--balance", "--json"),
     *("--trace", "--world", "--straggler", "--flops", "--bandwidth", "--latency", "--jitter", "--topology"),
-    *("--ranks-per-node", "--plot"),
+    *("--ranks-per-node", "--plot", "--micro-shards"),
 )
 PARAMETERS = 64 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10
 STEPS_AN_EPOCH = 6  # ⌈1437 / 256⌉
@@ -46,6 +46,8 @@ FIGURES = {
     "test_accuracy": float,
     "relative_difference": float,
     "shares": type(None),
+    "micro_shards": type(None),
+    "sha256": dict,
 }
 
 
@@ -77,6 +79,8 @@ def figures(path: Path) -> dict[str, Any]:
     assert 0 <= result["relative_difference"] < bar, "N workers equal one"
     assert result["loss"] == pytest.approx(result["loss_one_worker"], rel=1e-3)
     assert result["test_accuracy"] == pytest.approx(result["test_accuracy_one_worker"], abs=2 / 360)
+    assert list(result["sha256"]) == ["1", "2", "4"]
+    assert len(set(result["sha256"].values())) == 1, "the same bits"
     return result
 
 
@@ -89,6 +93,7 @@ def test_default_run_learns(tmp_path: Path) -> None:
     assert (result["epochs"], result["steps"]) == (20, 20 * STEPS_AN_EPOCH)
     assert result["strategy"] == "DataParallel"
     assert f"{result['test_accuracy']:.1%}" in out
+    assert f"N=1, 2, 4: identical sha256 {result['sha256']['1'][:16]}…" in out
 
 
 def test_table_json_and_trace(tmp_path: Path) -> None:
@@ -201,6 +206,23 @@ def test_balance_makes_a_straggler_keep_up(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_micro_shards_make_all_workers_equal_to_the_last_bit(tmp_path: Path) -> None:
+    found = {}
+    for world in ("process", "virtual"):
+        options = ("--micro-shards", "2", "--workers", "2", "--epochs", "1", "--world", world)
+        code, out, err = demo(*options, "--json", str(tmp_path / world))
+        assert (code, err) == (0, "")
+        found[world] = json.loads((tmp_path / world).read_text())
+        assert found[world]["micro_shards"] == 2
+        assert found[world]["relative_difference"] == 0
+        assert found[world]["loss"] == pytest.approx(found[world]["loss_one_worker"], rel=1e-6)  # summed otherwise
+        assert "2 workers and one end at the same w, to the last bit." in out
+        assert f"N=1, 2: identical sha256 {found[world]['sha256']['1'][:16]}…" in out
+    virtual = found["virtual"]  # where the model is another, and times are exact
+    assert virtual["step_s"] == pytest.approx(virtual["predicted_step_s"], rel=1e-9)
+    assert virtual["step_s_one_worker"] == pytest.approx(virtual["predicted_step_s_one_worker"], rel=1e-9)
+
+
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.002)])
 def test_each_optimizer(optimizer: str, lr: float, tmp_path: Path) -> None:
     asked = ["--lr", str(lr)] if optimizer == "adamw" else []  # a default of its own for each of the others
@@ -261,6 +283,10 @@ def test_help_explains_each_option() -> None:
         (["--world", "virtual", "--straggler", "0:2", "--straggler", "0:3"], "a node is given twice"),
         (["--world", "virtual", "--plot", "x.foo"], "give a name that ends in .png, .svg, .pdf"),
         (["--world", "mpi"], "invalid choice: 'mpi'"),
+        (["--micro-shards", "6"], "--micro-shards=6: give a power of two"),
+        (["--micro-shards", "2", "--workers", "4"], "--micro-shards=2 can't be shared by 4 ranks alike"),
+        (["--micro-shards", "4", "--naive"], "the literal version (--naive) has none"),
+        (["--micro-shards", "4", "--balance"], "they can't be shared by speed (--balance)"),
         (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

@@ -15,12 +15,13 @@ from minidp import parallel, trace
 from minidp.demo import report
 from minidp.demo.options import parse
 from minidp.demo.predict import predicted_step_s
-from minidp.demo.train import DEFAULT_LR, Job, Result, train
+from minidp.demo.train import DEFAULT_LR, Job, Result, fingerprint, train
 from minidp.launch import cores
 from minidp.sim import Cluster, calibrate
 
 ROUNDS = 2  # 1 worker, N workers, 1 worker, N workers: a busy moment of the machine hits both
 WEAK_EPOCHS = 6
+MICRO_SHARDS, FEW_UPDATES = 8, 20  # of the runs that end the demo, to compare bits
 CALIBRATION_S = 2.0  # a bar in the picture of a demo, not a measurement to publish
 
 
@@ -30,13 +31,22 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("minidp.launch").setLevel(logging.ERROR)  # the demo says itself what there is to say
     logging.getLogger("minidp.sim").setLevel(logging.ERROR)
     lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
-    job = Job(args.epochs, args.global_batch_size, args.optimizer, lr, args.naive, balance=args.balance)
+    job = Job(
+        args.epochs,
+        args.global_batch_size,
+        args.optimizer,
+        lr,
+        args.naive,
+        balance=args.balance,
+        micro_shards=args.micro_shards,
+    )
     if args.cluster is not None:
         # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
         job = replace(job, hidden=(128,))
     report.introduce(console, job, args.workers, cores(), args.cluster)
     try:
         result, events = (in_processes if args.cluster is None else virtually)(args, job)
+        result = replace(result, sha256=fingerprints(args.world, job))
     except minidp.RankFailed as failed:
         if not isinstance(failed.__cause__, parallel.NonFiniteGradient):
             raise
@@ -95,6 +105,17 @@ def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Eve
     predicted = predict(args, job, cluster)
     outcome = report.outcome("virtual", job, args.workers, cores(), one, many[:1], speedup_weak, predicted)
     return outcome, [event for result in many for event in result.events]
+
+
+def fingerprints(world: str, job: Job) -> dict[int, str]:
+    """What a few updates with micro-shards end at, with 1, 2 and 4 workers."""
+    shards = job.micro_shards or MICRO_SHARDS
+    job = replace(job, naive=False, balance=False, micro_shards=shards)
+    return {
+        workers: minidp.spawn(fingerprint, workers, job, FEW_UPDATES, world=world, progress=False)[0]
+        for workers in (1, 2, 4)
+        if shards % workers == 0
+    }
 
 
 def predict(args: Namespace, job: Job, cluster: Cluster) -> tuple[float, float | None]:

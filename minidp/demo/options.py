@@ -10,6 +10,7 @@ from typing import Any
 
 from minidp.demo.train import OPTIMIZERS
 from minidp.launch import cores
+from minidp.parallel.micro_shards import leaves_of
 from minidp.sim import Cluster
 from minidp.sim.topology import NAMES
 
@@ -53,6 +54,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the literal version: replicas, and a message a parameter",
     )
     add(
+        "--micro-shards",
+        type=int,
+        metavar="V",
+        help="cut each batch into V micro-shards, whatever N is: the same bits of w for every N that divides V, a "
+        "power of two",
+    )
+    add(
         "--balance",
         action="store_true",
         help="measure each worker's speed, and give it samples in proportion (article 2.4)",
@@ -90,6 +98,15 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("workers", "epochs", "global_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.micro_shards is not None:
+        if args.naive:
+            parser.error("--micro-shards: the literal version (--naive) has none")
+        if args.balance:
+            parser.error("--micro-shards are cut alike for every N: they can't be shared by speed (--balance)")
+        try:
+            leaves_of(args.micro_shards, args.workers)
+        except ValueError as error:
+            parser.error(f"--{str(error).replace('_', '-', 1)}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error("--lr must be positive and finite")
     for name, path in (("json", args.json), ("trace", args.trace), ("plot", args.plot)):  # now, not afterwards

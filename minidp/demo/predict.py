@@ -19,6 +19,6 @@ def predicted_step_s(job: Job, workers: int, cluster: Cluster) -> float:
     for batch, count in ((job.global_batch_size, full), (rest, int(rest > 0))):
         if count:
             x, y = train_set[: -(-batch // workers)]
-            script = rehearse(job.strategy, x, y, F.cross_entropy)
+            script = rehearse(job.strategy, x, y, F.cross_entropy, workers)
             times += [replay(script, cluster, workers, steps=count).step_s] * count
     return fmean(times)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -52,6 +52,9 @@ class Outcome:
     relative_difference: float
     shares: tuple[float, ...] | None
     """Each worker's part of a batch, if they were balanced."""
+    micro_shards: int | None
+    sha256: dict[int, str] = field(default_factory=dict)
+    """Of w after a few updates with micro-shards, by number of workers: the same for all."""
 
 
 def steps_per_s(results: list[Result]) -> float:
@@ -106,6 +109,7 @@ def outcome(
         test_accuracy=many[0].accuracy,
         relative_difference=relative_difference(one[0].state, many[0].state),
         shares=many[0].shares,
+        micro_shards=job.micro_shards,
     )
 
 
@@ -179,7 +183,9 @@ def explain(result: Outcome) -> str:
     chance = math.log(10)  # the loss of guessing among ten digits
     if not max(result.loss, result.loss_one_worker) < chance:
         same = f"[yellow]Neither learnt: η = {result.lr:g} is too large, so rounding grows with each step.[/]"
-    elif result.relative_difference < 1e-3:
+    elif result.micro_shards is not None and result.relative_difference == 0:
+        same = f"{workers} and one end at the same w, to the last bit."
+    elif result.relative_difference < 1e-3 and result.micro_shards is None:
         same = f"{workers} and one end at the same w, but for float32's rounding of sums."
     else:
         same = "[red]The two ended at different w: this should not happen; please report it.[/]"
@@ -190,8 +196,20 @@ def explain(result: Outcome) -> str:
     return (
         f"\n{same}\n{faster}\n"
         "Strong: the same work, cut into N parts. Weak: N times the work.\n"
-        "The mean is weighted by n_i, so every N and every cut gives the same ∇L."
+        "The mean is weighted by n_i, so every N and every cut gives the same ∇L.\n\n"
+        f"{identical(result.sha256)}"
     )
+
+
+def identical(sha256: dict[int, str]) -> str:
+    """``N=1, 2, 4: identical sha256 …``: what micro-shards promise, tried."""
+    if len(set(sha256.values())) == 1:
+        return (
+            f"[bold]N={', '.join(map(str, sha256))}: identical sha256 {next(iter(sha256.values()))[:16]}…[/]\n"
+            "A few updates with micro_shards, which fixes the order of every sum: not a bit depends on N."
+        )
+    found = ", ".join(f"N={workers} {digest[:16]}…" for workers, digest in sha256.items())
+    return f"[red]With micro-shards the bits of w differ: {found}. This should not happen; please report it.[/]"
 
 
 def interesting(workers: int, cluster: Cluster) -> set[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from hashlib import sha256
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class Job:
     record: bool = False
     hidden: tuple[int, ...] = (1024, 1024)
     balance: bool = False
+    micro_shards: int | None = None
 
     def model(self) -> nn.Sequential:
         """An MLP of these hidden sizes, the same on every rank."""
@@ -49,8 +51,9 @@ class Job:
         """Model, optimizer and strategy: the same w everywhere."""
         model = self.model()
         optimizer = OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr)
-        kind = parallel.NaiveDataParallel if self.naive else parallel.DataParallel
-        return kind(model, optimizer, comm)
+        if self.naive:
+            return parallel.NaiveDataParallel(model, optimizer, comm)
+        return parallel.DataParallel(model, optimizer, comm, micro_shards=self.micro_shards)
 
 
 @dataclass
@@ -106,6 +109,22 @@ def train(comm: Communicator, job: Job) -> Result:
         events=recorder.events if job.record else [],
         shares=tuple(weight / sum(weights) for weight in weights) if weights else None,
     )
+
+
+def fingerprint(comm: Communicator, job: Job, updates: int) -> str:
+    """The SHA-256 of w after a few updates: of all parameters, in the order of their names."""
+    train_set, _ = data.load_digits()
+    strategy = job.strategy(comm)
+    loader = data.DataLoader(
+        train_set, global_batch_size=job.global_batch_size, shard=strategy.shard, shuffle=True, seed=0
+    )
+    while strategy.updates < updates:
+        epoch, step = divmod(strategy.updates, len(loader))
+        for x, y in islice(loader.epoch(epoch, step), updates - strategy.updates):
+            strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
+    state = strategy.state_dict()
+    return sha256(b"".join(state[name].tobytes() for name in sorted(state))).hexdigest()
 
 
 def share(dataset: data.ArrayDataset, job: Job, workers: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,18 +56,25 @@ class Timing:
         return self.compute_s / self.step_s if self.step_s else 1.0
 
 
-def rehearse(build: Callable[[Communicator], Strategy], x: Any, y: Any, loss_fn: Callable[..., Any]) -> Script:
+def rehearse(
+    build: Callable[[Communicator], Strategy],
+    x: Any,
+    y: Any,
+    loss_fn: Callable[..., Any],
+    world_size: int = 2,
+) -> Script:
     """Write down one step of the strategy that ``build(comm)`` makes, with a batch (x, y) on each rank.
 
     ``build`` makes model, optimizer and strategy. Two steps are made here, in real time and memory (they train the
     model), and the second is taken: the first may set something up. Each has as many backwards, all of (x, y), as
-    the strategy accumulates. The model belongs to no strategy afterwards, even if a step failed.
+    the strategy accumulates. ``world_size`` is what the rank believes: it matters where its work depends on that,
+    as with ``micro_shards``. The model belongs to no strategy afterwards, even if a step failed.
 
     Raises NotImplementedError for a strategy that sends messages from rank to rank; see `Rehearsal` for what it
     can't see.
     """
     tape = Tape()
-    strategy = build(Rehearsal(tape))
+    strategy = build(Rehearsal(tape, world_size))
     try:
         with tape.metered():
             for _ in range(2):
