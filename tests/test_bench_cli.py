@@ -106,6 +106,17 @@ def test_startup(tmp_path: Path) -> None:
     ]
 
 
+def test_micro_shards(tmp_path: Path) -> None:
+    report = run_bench(tmp_path / "out.json", "micro-shards", "--quick")
+    check_schema(report, "micro-shards", 1)
+    assert [line["who"] for line in report["lines"]] == ["whole batch", "V = 2", "V = 4", "V = 8"] * 5
+    for whole, *cut in zip(*(report["lines"][i::4] for i in range(4))):
+        assert "comparison" not in whole
+        for line in cut:
+            assert line["job"] == whole["job"]
+            assert line["comparison"]["median"] == pytest.approx(line["us"] / whole["us"])
+
+
 def test_virtual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_bench(tmp_path / "out.json", "virtual", "--quick")
     check_schema(report, "virtual", 1)
@@ -128,7 +139,7 @@ def test_virtual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert line["messages_per_s"] == pytest.approx(2 * 63 * 64 / line["samples_s"][0])
         assert line["comparison"]["median"] == pytest.approx(line["messages_per_s"] / 1000)
     for line in report["lines"][-6:]:
-        assert line["predicted_ms"] == min(line["before_ms"], line["after_ms"])
+        assert line["predicted_ms"] == pytest.approx((line["before_ms"] + line["after_ms"]) / 2)
         assert line["comparison"]["median"] == pytest.approx(line["predicted_ms"] / line["ms"])
     steps, gradients, whole = report["lines"][4:7]
     assert steps["comparison"]["median"] == pytest.approx(steps["ms"] / gradients["ms"])

@@ -1,9 +1,10 @@
 """``python -m minidp.bench``: how fast it is, next to PyTorch and MPI on the same machine in the same minute.
 
-    allreduce   our all-reduce, MPICH's, gloo's          4 KB … 128 MB, 2 ranks
-    step        one training step, ours and PyTorch's    one process, one thread
-    scaling     2 workers against 1; DDP, PyTorch + MPI  2 processes
-    startup     import, and until a spawned function runs
+    allreduce     our all-reduce, MPICH's, gloo's          4 KB … 128 MB, 2 ranks
+    step          one training step, ours and PyTorch's    one process, one thread
+    scaling       2 workers against 1; DDP, PyTorch + MPI  2 processes
+    micro-shards  the same bits for any N, and its price  one process
+    startup       import, and until a spawned function runs
 
 Absolute figures of a shared machine drift by a factor of two within minutes; ratios of bursts that follow each
 other do not. So all contestants are started first, wait blocked on a socket, and are let off one after the other,
