@@ -286,6 +286,35 @@ def who_only_reads(comm: Communicator) -> None:
     check(got, mine, "send")
 
 
+def in_place(comm: Communicator) -> None:
+    """The result may be where the input was."""
+    p, r = comm.world_size, comm.rank
+    x = np.arange(p, dtype=float) + 10 * r
+    comm.all_to_all(x, x)
+    check(x, r + 10.0 * np.arange(p), "all_to_all")
+    x = np.arange(p + 1, dtype=float) + 10 * r
+    comm.all_to_all(x[1:], x[:-1])
+    check(x[1:], r + 10.0 * np.arange(p), "all_to_all, shifted")
+    x = np.arange(2 * p, dtype=float) + 100 * r
+    comm.all_gather(x, x[2 * r : 2 * r + 2].copy())
+    check(x, np.array([2 * i + k + 100.0 * i for i in range(p) for k in (0, 1)]), "all_gather")
+
+
+def counted_when_it_comes(comm: Communicator) -> None:
+    """A receive counts what has come from others, when it has."""
+    x = np.zeros(4)
+    work = comm.recv(x, ANY, async_op=True)
+    comm.send(np.ones(4), comm.rank)
+    work.wait()
+    assert (comm.traffic.bytes_sent, comm.traffic.bytes_received) == (0, 0), "from oneself"
+    if comm.world_size > 1:
+        work = comm.recv(x, (comm.rank - 1) % comm.world_size, async_op=True)
+        assert comm.traffic.bytes_received == 0
+        comm.send(np.ones(4), (comm.rank + 1) % comm.world_size)
+        work.wait()
+        assert (comm.traffic.bytes_sent, comm.traffic.bytes_received) == (32, 32)
+
+
 def refused(comm: Communicator) -> None:
     """On every rank, before anything is sent: the next collective works."""
     p = comm.world_size
@@ -325,6 +354,8 @@ CONFORMANCE = (
     groups,
     deferred,
     who_only_reads,
+    in_place,
+    counted_when_it_comes,
     refused,
     counted,
     rank_order,

@@ -224,6 +224,33 @@ def test_a_failure_is_told_where_the_others_never_come_to_its_time() -> None:
     assert str(error) == "rank 3 of 4 raised ValueError: of rank 3", "the earlier one of two"
 
 
+def computes_while_a_failure_is_ahead(comm: Any) -> None:
+    if comm.rank == 0:
+        backend.count(10.0)
+        raise ValueError("late")
+    for _ in range(150_000):  # more calls than make a standstill, but this clock moves
+        backend.count(1e-6)
+        comm.now()
+    raise KeyError("early")
+
+
+def test_who_computes_may_still_fail_first() -> None:
+    assert failure(computes_while_a_failure_is_ahead, 2, cluster=Cluster(2, flops=1.0)).rank == 1
+
+
+def asks_and_sends(comm: Any) -> int:
+    """Empty messages take no time here, and are no events."""
+    for _ in range(300):
+        for _ in range(4000 * (1 - comm.rank)):
+            comm.now()
+        (comm.recv if comm.rank else comm.send)(np.zeros(0), 1 - comm.rank)
+    return 1
+
+
+def test_who_sends_does_more_than_ask() -> None:
+    assert run(asks_and_sends, 2) == [1, 1]
+
+
 def waits_for_time(comm: Any) -> None:
     if comm.rank:
         comm.barrier()

@@ -345,3 +345,81 @@ def each_tag_once(comm: Any) -> int:
 
 def test_tags_that_are_used_once_leave_nothing() -> None:
     assert max(run(each_tag_once, 2)) <= 1024
+
+
+def behind_a_busy_port(comm: Any) -> list[int]:
+    """Empty messages take no time, and queue up nevertheless."""
+    if comm.rank == 0:
+        works = [comm.send(message(), 1, async_op=True)]
+        backend.count(A / 2)
+        works.append(comm.send(message(0), 1, async_op=True))
+        works[0].wait()  # this clock is now when the port is free, which is when the second one leaves
+        comm.send(message(3), 1)
+        works[1].wait()
+        return []
+    return [comm.recv(message(n), 0) for n in (N, 0, 3)]  # each of its size: in order
+
+
+def test_an_empty_message_is_not_overtaken() -> None:
+    assert run(behind_a_busy_port, 2)[1] == [0, 0, 0]
+
+
+def takes_one_from_anybody(comm: Any, count: int) -> tuple[int, int]:
+    """Afterwards all receives name their sender."""
+    x, y = message(1000), message(0)
+    if comm.rank == 0:
+        comm.send(x, 1)
+        for _ in range(count):
+            comm.send(x, 1)
+            comm.send(y, 1, tag=1)
+        return 0, 0
+    comm.recv(x, ANY)
+    for _ in range(count):
+        comm.recv(y, 0, tag=1)
+        comm.recv(x, 0)
+    box = comm._post._boxes[1, 0]
+    return len(box.arrivals or ()), box.sent - box.taken
+
+
+def test_letters_that_were_taken_are_forgotten() -> None:
+    kept, waiting = run(takes_one_from_anybody, 2, 1000)[1]
+    assert kept <= 70
+    assert waiting == 0
+
+
+def caused_by_the_other(comm: Any) -> list[float]:
+    """Rank 0 sends 12 after rank 1 has sent 11, and no time passes: both arrive at once."""
+    x, token = np.zeros(1), np.zeros(1)
+    if comm.rank == 0:
+        comm.send(np.array([10.0]), 2)
+        comm.recv(token, 1, tag=5)
+        comm.send(np.array([12.0]), 2)
+        comm.send(token, 2, tag=7)
+    elif comm.rank == 1:
+        comm.recv(token, 2, tag=6)
+        comm.send(np.array([11.0]), 2)
+        comm.send(token, 0, tag=5)
+    else:
+        comm.recv(x, 0)
+        comm.send(token, 1, tag=6)
+        comm.recv(token, 0, tag=7)
+        return [(comm.recv(x, ANY), float(x[0]))[1] for _ in range(2)]
+    return []
+
+
+def test_of_two_that_arrive_at_once_the_first_one_sent_is_the_first() -> None:
+    assert run(caused_by_the_other, 3, latency_s=0.0, bandwidth_bytes_per_s=1e300)[2] == [11.0, 12.0]
+
+
+def all_from_anybody(comm: Any) -> int:
+    if comm.rank:
+        comm.send(np.ones(1), 0)
+        return 0
+    works = [comm.recv(np.zeros(1), ANY, async_op=True) for _ in range(comm.world_size - 1)]
+    assert sorted(work.wait() for work in works) == list(range(1, comm.world_size))
+    events: int = comm._venue.loop.events
+    return events
+
+
+def test_many_posted_receives_from_anybody_take_an_event_each() -> None:
+    assert run(all_from_anybody, 201)[0] < 10 * 201

@@ -101,6 +101,8 @@ def all_to_all(comm: Communicator, out: Array, x: Array, tag: int) -> None:
     p, rank = comm.world_size, comm.rank
     with contiguous(out) as flat:
         column, row = flat.reshape(p, -1), x.reshape(p, -1)
+        if np.may_share_memory(out, x):
+            row = row.copy()  # what arrives must not change what has yet to leave
         column[rank] = row[rank]
         pieces = {i * p + rank: column[i] for i in range(p)} | {rank * p + j: row[j] for j in range(p)}
         comm.run_schedule("all_to_all", Pieces(pieces, p * p), None, tag)

@@ -166,7 +166,7 @@ class ProcessCommunicator(Communicator):
             arrive = rendezvous.arrive
 
     def _all_reduce_plan(self, x: Array, op: ReduceOp) -> _Plan:
-        check_op(op, x.dtype)
+        check_op(op, check_array(x, writes=False).dtype)
         return self._plan((x.dtype, x.shape, op), f"all_reduce {x.dtype} {x.shape}, {op.value}", x)
 
     def all_gather(self, out: Array, x: Array, *, async_op: bool = False) -> Work | None:

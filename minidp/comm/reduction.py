@@ -74,9 +74,10 @@ def check_op(op: Any, dtype: np.dtype[Any]) -> None:
         raise TypeError(f"AVG of {dtype}: an average of integers would be rounded; use SUM and divide, or floats")
 
 
-def check_array(x: Any, writes: bool) -> None:
-    """Refuse what is no array (a NumPy scalar looks like one, but nothing can be written to it)."""
+def check_array(x: Any, writes: bool) -> Array:
+    """``x``; refuse what is no array (a NumPy scalar looks like one, but nothing can be written to it)."""
     if not isinstance(x, np.ndarray) or isinstance(x, np.matrix):
         raise TypeError(f"an array is needed, not {type(x).__name__}: make one by np.asarray(x) and keep it")
     if writes and not x.flags.writeable:
         raise ValueError(f"the result can't be written to a read-only array ({x.dtype} {x.shape}): give a copy")
+    return x

@@ -17,7 +17,7 @@ from minidp.sim.loop import Loop, Task
 from minidp.sim.network import Network
 
 _PATIENCE = 100  # how often a rank may come back to a world that has failed before it is ended
-_STANDSTILL = 100_000  # calls of communicators at one virtual time after which a later failure is told at once
+_STANDSTILL = 100_000  # calls of communicators with no clock moving, after which a later failure is told at once
 _undying: list[Task] = []  # tasks that catch even that, kept: who collects them would wake them
 
 
@@ -40,8 +40,10 @@ class Venue:
         self._news: CommError | None = None
         self._untold: dict[int, tuple[float, BaseException]] = {}
         """Failures of ranks whose clocks are ahead, by rank: when, and what."""
-        self._calls_at = (0.0, 0)
-        """While a failure is untold: a time, and how often communicators were called then."""
+        self._seen: dict[int, float] = {}
+        """While a failure is untold: of each rank that has called its communicator, the clock then."""
+        self._standstill = 0
+        """How many calls have found no clock moved."""
         self._refused: dict[int, int] = {}
         self._over = False
 
@@ -121,9 +123,10 @@ class Venue:
     def _refuse(self, rank: int) -> None:
         if self._news is None:
             # Where messages take no time, the others might never come to the time of a failure.
-            now, calls = self._calls_at
-            self._calls_at = self.loop.now, (calls + 1 if now == self.loop.now else 1)
-            if self._calls_at[1] < _STANDSTILL:
+            clock = self.ranks[rank].clock
+            self._standstill = self._standstill + 1 if self._seen.get(rank) == clock else 0
+            self._seen[rank] = clock
+            if self._standstill < _STANDSTILL:
                 return
             self._failed(min(self._untold, key=lambda rank: (self._untold[rank][0], rank)))
         assert self._news is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -55,9 +56,9 @@ class VirtualCommunicator(Communicator):
         self._header = ""
         self._headers: dict[Any, str] = {}  # made once: to format one takes longer than to compare it
         self._stream: Stream | None = None
-        self._children: list[VirtualCommunicator] = []
+        self._children: WeakSet[VirtualCommunicator] = WeakSet()
         self._closed = False
-        self._moment = (0.0, 0)  # when the time was last asked for
+        self._moment = (0.0, 0, 0)  # when the time was last asked for
         self._asked = 0  # how often at that moment
 
     # -- primitives ------------------------------------------------------------------------------------
@@ -70,10 +71,7 @@ class VirtualCommunicator(Communicator):
 
     def post_recv(self, x: Array, src: int, tag: int) -> Work:
         self._check(x, writes=True)
-        receipt = self._post.begin_recv(self.rank, x, src, tag)
-        if src != self.rank:
-            self.traffic.add(0, x.nbytes, 0)
-        return receipt
+        return self._post.begin_recv(self.rank, x, src, tag, self.traffic)
 
     def send(self, x: Array, dst: int, tag: int = 0, *, async_op: bool = False) -> Any:
         if async_op or type(x) is not np.ndarray or not 0 <= dst < self.world_size or tag < 0 or self._closed:
@@ -102,7 +100,7 @@ class VirtualCommunicator(Communicator):
             return None
         group, post, member = found[color]
         child = VirtualCommunicator(group, post, member[self.rank], Traffic(parent=self.traffic))
-        self._children.append(child)
+        self._children.add(child)
         return child
 
     def _groups(self, meeting: Meeting, name: str | None) -> dict[Any, _Members]:
@@ -131,7 +129,7 @@ class VirtualCommunicator(Communicator):
         To ask takes no time. CommError for a rank that does nothing else: it waits for a time that never comes.
         """
         clock = self._venue.here(self._world_rank).clock
-        moment = clock, self._venue.loop.events
+        moment = clock, self._venue.loop.events, self.traffic.messages_sent
         self._asked = self._asked + 1 if moment == self._moment else 0
         self._moment = moment
         if self._asked >= _ASKS:
@@ -144,7 +142,7 @@ class VirtualCommunicator(Communicator):
 
     def close(self) -> None:
         self._closed = True
-        for child in self._children:
+        for child in list(self._children):
             child.close()
 
     # -- collectives -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import cloudpickle
 
 from minidp.comm.arena import Arena
+from minidp.comm.errors import in_words
 from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs
 
@@ -144,10 +145,9 @@ def _run(job: Job) -> tuple[str, Any]:
 def _pack(error: BaseException) -> bytes:
     """An exception with its traceback as text; the exception itself only if it survives the journey."""
     trace = "".join(traceback.format_exception(error))
-    kind, text = type(error).__name__, ""
+    kind, text = in_words(error).split(": ", 1)
     data = cloudpickle.dumps(None)
-    with contextlib.suppress(BaseException):  # the user's __str__ and __reduce__ may do anything
-        text = str(error)
+    with contextlib.suppress(BaseException):  # the user's __reduce__ may do anything
         there_and_back = cloudpickle.dumps(error)
         pickle.loads(there_and_back)
         data = there_and_back
