@@ -85,6 +85,13 @@ class DataLoader:
             raise ValueError(f"start_step {start_step} lies behind the epoch's end: it has {len(self)} steps")
         return self._batches(epoch, start_step)
 
+    def position(self, batches: int) -> tuple[int, int]:
+        """(epoch, step) of the batch that follows so many, for ``epoch(epoch, start_step=step)``.
+
+        A training of one update a batch goes on at ``loader.position(strategy.updates)``.
+        """
+        return divmod(_integer("batches", batches, 0), len(self))
+
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         order = self._order(epoch)
         for start, stop in self._spans(start_step):

@@ -2,7 +2,7 @@
 
 from minidp.nn import functional
 from minidp.nn.dropout import Dropout, DropoutScope, dropout_scope
-from minidp.nn.files import load_file, save_file
+from minidp.nn.files import load_file, read_file, save_file
 from minidp.nn.layers import GELU, Flatten, Identity, Linear, ReLU, Sequential, Tanh
 from minidp.nn.layout import Layout, Segment
 from minidp.nn.module import Module
@@ -25,5 +25,6 @@ __all__ = [
     "dropout_scope",
     "functional",
     "load_file",
+    "read_file",
     "save_file",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ def save_file(
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -50,6 +52,11 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged; both name the file.
     """
+    return read_file(path)[0]
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """`load_file`, and the metadata that `save_file` was given."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -57,11 +64,23 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: nn.save_file(model.state_dict(), path) writes one")
     try:
-        return dict(load(path.read_bytes()))
+        data = path.read_bytes()
+        arrays = dict(load(data))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return arrays, dict(header.get("__metadata__") or {})
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}): copy it again or save it anew"
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name is to be on the disk, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

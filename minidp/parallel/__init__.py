@@ -1,9 +1,18 @@
 """The strategies: the only room where learning meets communication."""
 
 from minidp.parallel.balance import measure_speeds
+from minidp.parallel.checkpoint import Checkpoint, DamagedCheckpoint
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.naive import NaiveDataParallel
 from minidp.parallel.strategy import Strategy
 
-__all__ = ["DataParallel", "NaiveDataParallel", "NonFiniteGradient", "Strategy", "measure_speeds"]
+__all__ = [
+    "Checkpoint",
+    "DamagedCheckpoint",
+    "DataParallel",
+    "NaiveDataParallel",
+    "NonFiniteGradient",
+    "Strategy",
+    "measure_speeds",
+]

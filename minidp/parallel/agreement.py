@@ -1,13 +1,27 @@
-"""What must fit before a strategy starts: the optimizer to the model, and every rank's to those of the others."""
+"""What must fit before a strategy starts: a free model, its optimizer, and every rank's to those of the others."""
 
 from __future__ import annotations
 
 from hashlib import blake2b
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary
 
 from minidp.comm import CollectiveMismatch, Communicator
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
+
+# Which strategy trains a model, as long as that strategy lives and has not released it.
+owners: WeakKeyDictionary[Module, ReferenceType[Any]] = WeakKeyDictionary()
+
+
+def check_free(model: Module) -> None:
+    owner = owners.get(model)
+    bound = any(parameter._grad_slot is not None for parameter in model.parameters())
+    if bound or (owner is not None and owner() is not None):
+        raise ValueError(
+            "the model belongs to another strategy already: build one strategy a model, or call release() on the "
+            "other one first"
+        )
 
 
 def check_parameters(model: Module, optimizer: Optimizer) -> None:

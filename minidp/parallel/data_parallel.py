@@ -15,7 +15,7 @@ the update to that slice of the one shared copy of w, and two barriers make it a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any, Self
 
@@ -117,18 +117,22 @@ class DataParallel(Strategy):
         rank, world_size = self.comm.rank, self.comm.world_size
         return slabs, [slices(self.layout, bucket, world_size)[rank] for bucket in self.buckets], slabs.grads
 
-    def load_state_dict(self, state: StateDict) -> None:
-        values = self._checked_everywhere(state)
+    def optimizer_state(self) -> Mapping[str, StateDict]:
+        now, names = self._slabs.current, [segment.name for segment in self.layout.segments]
+        return {
+            slot: dict(zip(names, self.layout.views(buffers[now]))) for slot, buffers in self._slabs.state.items()
+        }
+
+    def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
         inside = {name for segment in self.layout.segments for name in segment.names}
         targets = {name: p.data for name, p in self.model.named_parameters()} | dict(self.model.named_buffers())
         for name, target in targets.items():
             if name not in inside:
                 target[...] = values[name]
         if self.comm.rank == 0 or self._alone:
-            self._slabs.stage(values)
+            self._slabs.stage(values, state)
         self.comm.all_gather_int(0, "load_state_dict")
         self._slabs.flip()
-        self.discard()
 
     def _options(self) -> tuple[Any, ...]:
         return (*super()._options(), self.bucket_cap_mb, self.micro_shards)

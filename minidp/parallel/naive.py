@@ -7,6 +7,8 @@ queues, divided by the number of samples, and every rank applies the same update
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from minidp.comm import Communicator
@@ -48,9 +50,21 @@ class NaiveDataParallel(Strategy):
             for segment in self.layout.segments
         ]
 
-    def load_state_dict(self, state: StateDict) -> None:
-        self.model.load_state_dict(self._checked_everywhere(state))
-        self.discard()
+    def optimizer_state(self) -> Mapping[str, StateDict]:
+        return {
+            slot: {
+                segment.name: state[slot].reshape(segment.shape)
+                for segment, state in zip(self.layout.segments, self._state)
+            }
+            for slot in self.optimizer.slots
+        }
+
+    def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
+        self.model.load_state_dict(values)
+        if state is not None:
+            for slot, arrays in self.optimizer_state().items():
+                for name, array in arrays.items():
+                    array[...] = state[slot][name]
 
     def _start_gradients(self) -> None:
         for segment in self.layout.segments:

@@ -53,13 +53,18 @@ class Slabs:
         self.current = 0
         self._views = tuple(layout.views(_read_only(buffer)) for buffer in self.params)
 
-    def stage(self, values: Mapping[str, Flat]) -> None:
-        """Prepare the coming flip to change the parameters to ``values``, by name, and nothing else."""
+    def stage(self, values: Mapping[str, Flat], state: Mapping[str, Mapping[str, Flat]] | None = None) -> None:
+        """Prepare the coming flip to change the parameters to ``values``, by name, and the state to ``state``, by
+        slot and name; None: it stays."""
         target = self.params[1 - self.current]
         for segment, view in zip(self.layout.segments, self.layout.views(target)):
             view[...] = values[segment.name]
-        for buffers in self.state.values():
-            buffers[1 - self.current][...] = buffers[self.current]
+        for slot, buffers in self.state.items():
+            if state is None:
+                buffers[1 - self.current][...] = buffers[self.current]
+                continue
+            for segment, view in zip(self.layout.segments, self.layout.views(buffers[1 - self.current])):
+                view[...] = state[slot][segment.name]
 
     def bind_grads(self, rank: int) -> None:
         """Let backward write its gradients straight into this rank's slab."""

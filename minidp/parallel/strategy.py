@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 
@@ -16,7 +18,8 @@ from minidp.data.sharding import cut
 from minidp.nn import Dropout, DropoutScope, Layout, Module
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
-from minidp.parallel.agreement import agree, check_parameters, describe
+from minidp.parallel import checkpoint
+from minidp.parallel.agreement import agree, check_free, check_parameters, describe, owners
 from minidp.parallel.errors import NonFiniteGradient
 
 StateDict = dict[str, np.ndarray]
@@ -63,21 +66,21 @@ class Strategy(ABC):
         self.layout = Layout(model)
         if np.dtype(self.layout.dtype).hasobject:
             self.check_finite = False  # Fractions can't be infinite, and NumPy can't ask them
-        _check_free(model)
+        check_free(model)
         check_parameters(model, optimizer)
         # A duplicate, so that the user's own collectives can't come between ours.
         self.comm = comm.duplicate(self.label)
         mine = self.layout.describe(), repr(model), describe(optimizer, self.layout), self._options()
         agree(self.comm, mine, self.label)
-        self._seed: int = self.comm.broadcast_object(model.init_seed, 0, f"{self.label}(…)")
-        _owners[model] = ref(self)
+        self.seed: int = self.comm.broadcast_object(model.init_seed, 0, f"{self.label}(…)")
+        owners[model] = ref(self)
         self.updates = 0
         self._exchanged = Traffic(parent=self.comm.traffic)
         self._leaves = leaves  # micro-shards that this rank's batch is cut into
         self._backwards = self._samples = 0
         self._poison: BaseException | None = None
         # This rank's dropout masks, in the caller's own forwards as well: a function of seed, update and rank.
-        self._dropout = DropoutScope(seed=self._seed, rank=self.comm.rank)
+        self._dropout = DropoutScope(seed=self.seed, rank=self.comm.rank)
         for module in model.modules():
             if isinstance(module, Dropout):
                 module.follow(self._dropout)
@@ -187,9 +190,62 @@ class Strategy(ABC):
         self.comm.all_gather_int(0, "state_dict")
         return self.model.state_dict()
 
-    @abstractmethod
     def load_state_dict(self, state: StateDict) -> None:
-        """Give every rank the parameters and buffers that rank 0 was given. Collective."""
+        """Give every rank the parameters and buffers that rank 0 was given. Collective.
+
+        The optimizer's state and the number of updates stay. ValueError on all ranks if it does not fit.
+        """
+        self._put(checked_state(self.model, self.comm.broadcast_object(state, 0, "load_state_dict")), None)
+        self.discard()
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        position: tuple[int, int] | None = None,
+        extra: Any = None,
+        generators: Mapping[str, np.random.Generator] | None = None,
+        keep: int = 3,
+    ) -> Path:
+        """Write a checkpoint to ``folder``: all that ``load`` needs to go on, bit for bit. Collective; its path.
+
+        Rank 0 writes parameters, buffers, the optimizer's state, the number of updates and the seed of dropout,
+        N-independently; the file appears whole or not at all. All ranks raise what rank 0 met, such as OSError.
+
+        Args:
+            position: (epoch, step) of the batch to go on with, where ``loader.position(updates)`` does not tell.
+            extra: whatever ``json`` can write.
+            generators: by name, this rank's generators that are to be put back by ``load``.
+            keep: this many of the folder's checkpoints stay, the newest ones.
+        """
+        return checkpoint.save(self, Path(folder), position, extra, generators, keep)
+
+    def load(
+        self, folder: str | os.PathLike[str], *, generators: Mapping[str, np.random.Generator] | None = None
+    ) -> checkpoint.Checkpoint:
+        """Go on from the newest good checkpoint of ``folder``, or from the file of that name. Collective.
+
+        It may have been written by any number of ranks. A damaged one is passed over, which is said in the log and
+        in the result. A step that has begun is discarded. Cost: rank 0 sends the file's content to all.
+
+        Raises, on all ranks: FileNotFoundError, DamagedCheckpoint if none is good, ValueError if it does not fit
+        model or optimizer. Then nothing has changed.
+        """
+        return checkpoint.load(self, Path(folder), generators)
+
+    def restore(self, model: StateDict, state: Mapping[str, StateDict], updates: int, seed: int) -> None:
+        """Go on from these values, which fit, and are the same on every rank; ``state`` by slot and parameter.
+
+        Collective: all ranks have them afterwards, or none.
+        """
+        self._put(model, state)
+        self.updates, self.seed = updates, seed
+        self._dropout.seed = seed
+        self.discard()
+
+    @abstractmethod
+    def optimizer_state(self) -> Mapping[str, StateDict]:
+        """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective."""
 
     def release(self) -> None:
         """Give the model parameters of its own again; it belongs to no strategy then. Not collective.
@@ -197,7 +253,7 @@ class Strategy(ABC):
         This strategy can't go on afterwards.
         """
         self.layout.release()
-        _owners.pop(self.model, None)
+        owners.pop(self.model, None)
         self._poison = RuntimeError("the strategy has been released")
 
     @property
@@ -224,6 +280,10 @@ class Strategy(ABC):
         """Make ready for the first gradient of a step, which is stored, not added."""
 
     @abstractmethod
+    def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
+        """Replace parameters and buffers, and the optimizer's state unless None, on all ranks or on none."""
+
+    @abstractmethod
     def _reduce_and_update(self, samples: int) -> None:
         """Average over ranks and update; all ranks or none."""
 
@@ -235,10 +295,6 @@ class Strategy(ABC):
                 self.comm.broadcast(parameter.data, 0)
         for buffer in self.model.buffers():
             self.comm.broadcast(buffer, 0)
-
-    def _checked_everywhere(self, state: StateDict) -> StateDict:
-        """Rank 0's ``state`` on every rank, once every rank has found that it fits; else ValueError on all."""
-        return checked_state(self.model, self.comm.broadcast_object(state, 0, "load_state_dict"))
 
     def _options(self) -> tuple[Any, ...]:
         """What else all ranks must agree about."""
@@ -261,17 +317,3 @@ class Strategy(ABC):
     def _most_backwards(self) -> int:
         """How many make a full step."""
         return self.accumulation_steps * self._leaves
-
-
-# Which strategy trains a model, as long as that strategy lives and has not released it.
-_owners: WeakKeyDictionary[Module, ReferenceType[Strategy]] = WeakKeyDictionary()
-
-
-def _check_free(model: Module) -> None:
-    owner = _owners.get(model)
-    bound = any(parameter._grad_slot is not None for parameter in model.parameters())
-    if bound or (owner is not None and owner() is not None):
-        raise ValueError(
-            "the model belongs to another strategy already: build one strategy a model, or call release() on the "
-            "other one first"
-        )

@@ -1,0 +1,310 @@
+"""save and load: a resumed run is the uninterrupted one, bit for bit; a damaged file is passed over."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minidp
+from minidp import data, nn, optim, parallel
+from minidp.comm import comm_self
+from minidp.nn import functional as F
+from minidp.parallel import DamagedCheckpoint, checkpoint
+from tests.test_data_parallel import same_bits
+from tests.told import told
+
+pytestmark = pytest.mark.timeout(60)
+
+WORLDS = ("process", "virtual")
+STEPS = 12  # of 8 an epoch: the second epoch is interrupted, too
+
+
+class Noisy(nn.Module):
+    """Dropout, a tied weight, a frozen one, a buffer."""
+
+    def __init__(self) -> None:
+        self.first, self.dropout, self.last = nn.Linear(6, 12), nn.Dropout(0.3), nn.Linear(12, 3)
+        self.square, self.tied = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.tied.weight = self.square.weight
+        self.square.bias.requires_grad = False
+        self.register_buffer("seen", np.zeros(2))
+
+    def forward(self, x: Any) -> Any:
+        self.seen += len(x)
+        return self.last(self.tied(F.tanh(self.square(self.dropout(F.tanh(self.first(x)))))))
+
+
+RULES: dict[str, Any] = {
+    "momentum": lambda p: optim.SGD(p, lr=lambda t: 0.1 / (1 + t), momentum=0.9),
+    "adam": lambda p: optim.Adam(p, lr=0.01),
+    "plain": lambda p: optim.SGD(p, lr=0.1),
+}
+
+
+def build(comm: Any, rule: str = "adam", kind: str = "DataParallel", seed: int = 0, **options: Any) -> Any:
+    model = Noisy().initialize(seed).astype("float64")
+    return getattr(parallel, kind)(model, RULES[rule](model.parameters()), comm, **options)
+
+
+def samples() -> data.ArrayDataset:
+    rng = np.random.default_rng(0)
+    return data.ArrayDataset(rng.standard_normal((60, 6)), rng.integers(0, 3, 60))
+
+
+def go_on(strategy: Any, until: int, folder: Path | None = None, every: int = 1) -> None:
+    """The loop of the docs: where it goes on follows from the number of updates."""
+    loader = data.DataLoader(samples(), global_batch_size=8, shard=strategy.shard, shuffle=True, seed=3)
+    first, step = loader.position(strategy.updates)
+    for epoch in range(first, 100):
+        for x, y in loader.epoch(epoch, step if epoch == first else 0):
+            if strategy.updates == until:
+                return
+            strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
+            if folder is not None and strategy.updates % every == 0:
+                strategy.save(folder, keep=100)
+
+
+def everything(strategy: Any) -> dict[str, np.ndarray]:
+    """w, buffers and the optimizer's state."""
+    found = {f"model.{name}": array.copy() for name, array in strategy.state_dict().items()}
+    for slot, arrays in strategy.optimizer_state().items():
+        found |= {f"{slot}.{name}": array.copy() for name, array in arrays.items()}
+    return found
+
+
+# --- bit for bit ----------------------------------------------------------------------------------------------
+
+
+def saves(comm: Any, folder: Path, rule: str, kind: str, options: dict[str, Any]) -> Any:
+    strategy = build(comm, rule, kind, **options)
+    go_on(strategy, STEPS, folder)
+    return everything(strategy)
+
+
+def resumes(comm: Any, path: Path, rule: str, kind: str, options: dict[str, Any]) -> Any:
+    strategy = build(comm, rule, kind, seed=5 + comm.rank, **options)  # other weights; all comes from the file
+    found = strategy.load(path)
+    assert (strategy.updates, found.updates, found.path, found.damaged) == (
+        found.updates,
+        *found_in(path),
+        path,
+        (),
+    )
+    go_on(strategy, STEPS)
+    return everything(strategy)
+
+
+def found_in(path: Path) -> tuple[int]:
+    return (int(path.stem.split("-")[1]),)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["DataParallel", "NaiveDataParallel"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_resumed_is_uninterrupted_at_every_update(world: str, kind: str, rule: str, tmp_path: Path) -> None:
+    uninterrupted = minidp.spawn(saves, 2, tmp_path, rule, kind, {}, world=world)[0]
+    paths = checkpoint.files(tmp_path)
+    assert [found_in(path)[0] for path in paths] == list(range(STEPS, 0, -1))
+    for path in paths if world == "virtual" else paths[::4]:
+        for resumed in minidp.spawn(resumes, 2, path, rule, kind, {}, world=world):
+            assert same_bits(resumed, uninterrupted), path
+
+
+def test_another_number_of_ranks_and_another_world_may_go_on(tmp_path: Path) -> None:
+    """With micro-shards the bits are the same, too."""
+    options = {"micro_shards": 4}
+    found = {}
+    for n, world in ((1, "process"), (2, "process"), (4, "virtual")):
+        folder = tmp_path / f"{n}"
+        found[n] = minidp.spawn(saves, n, folder, "adam", "DataParallel", options, world=world)[0]
+        del found[n]["model.seen"]  # a buffer of rank 0's own: how many samples that rank has seen
+        for m, other in ((1, "virtual"), (2, "virtual"), (2, "process"), (4, "process")):
+            path = folder / "update-00000005.safetensors"
+            resumed = minidp.spawn(resumes, m, path, "adam", "DataParallel", options, world=other)[0]
+            assert same_bits({k: resumed[k] for k in found[n]}, found[n]), (n, world, m, other)
+    assert same_bits(found[1], found[2])
+    assert same_bits(found[1], found[4])
+
+
+def drawing(comm: Any, folder: Path, how: str) -> Any:
+    strategy = build(comm, "plain")
+    noise = np.random.default_rng(comm.rank)
+    old = np.random.Generator(np.random.MT19937(comm.rank))
+    both = {"noise": noise, "old": old}
+    if how == "save":
+        noise.standard_normal(3)
+        old.random(3)
+        strategy.save(folder, position=(4, 7), extra={"best": [1, 2.5, None]}, generators=both)
+    else:
+        found = strategy.load(folder, generators=both)
+        assert (found.position, found.extra) == ((4, 7), {"best": [1, 2.5, None]})
+    return [noise.standard_normal(5).tolist(), old.standard_normal(5).tolist()]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_generators_position_and_extra_come_back(world: str, tmp_path: Path) -> None:
+    assert minidp.spawn(drawing, 2, tmp_path, "save", world=world) == minidp.spawn(
+        drawing, 2, tmp_path, "load", world=world
+    )
+    with pytest.raises(minidp.RankFailed, match="holds generators of 2 ranks, here are 3: give none"):
+        minidp.spawn(drawing, 3, tmp_path, "load", world="virtual")
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def test_several_are_kept_and_nothing_else(tmp_path: Path) -> None:
+    strategy = build(comm_self())
+    for _ in range(5):
+        strategy.step()
+        path = strategy.save(tmp_path / "deep" / "down", keep=2)
+    names = sorted(each.name for each in path.parent.iterdir())
+    assert names == ["update-00000004.safetensors", "update-00000005.safetensors"]
+    strategy.save(path.parent, keep=2)  # again: the same name
+    assert sorted(each.name for each in path.parent.iterdir()) == names
+
+
+DAMAGES: dict[str, Any] = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "header only": lambda data: data[:8],
+    "a flipped bit": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:],
+    "a flipped bit of a fact": lambda data: data.replace(b'\\"updates\\": 3', b'\\"updates\\": 2'),
+    "a flipped bit of a name": lambda data: data.replace(b"model.last.bias", b"model.last.biar"),
+    "something else": lambda data: b"This is a letter to my grandmother." * 100,
+    "the garbage of a disk": lambda data: bytes(np.random.default_rng(0).integers(0, 256, len(data), np.uint8)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_passed_over_and_it_is_said(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = build(comm_self())
+    go_on(strategy, 3, tmp_path)
+    newest, before, *_ = checkpoint.files(tmp_path)
+    content = newest.read_bytes()
+    newest.write_bytes(DAMAGES[damage](content))
+    assert newest.read_bytes() != content
+    other = build(comm_self(), seed=1)
+    with caplog.at_level(logging.WARNING, "minidp.parallel"):
+        found = other.load(tmp_path)
+    assert (found.path, found.updates, other.updates) == (before, 2, 2)
+    assert [newest.name in text for text in found.damaged] == [True]
+    assert newest.name in caplog.text
+    assert f"going on from the one before, {before.name}" in caplog.text
+    go_on(other, 3)
+    assert same_bits(everything(other), everything(strategy))
+
+
+def test_if_all_are_damaged_nothing_changes(tmp_path: Path) -> None:
+    strategy = build(comm_self())
+    go_on(strategy, 2, tmp_path)
+    for path in checkpoint.files(tmp_path):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = everything(strategy)
+    with pytest.raises(DamagedCheckpoint, match=r"update-00000002.*; .*update-00000001"):
+        strategy.load(tmp_path)
+    assert same_bits(everything(strategy), before)
+    assert strategy.updates == 2
+
+
+def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: the error arrives, the temporary file goes, the checkpoint before stays."""
+    strategy = build(comm_self())
+    go_on(strategy, 1, tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    strategy.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            strategy.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["update-00000001.safetensors"]
+    strategy.step()  # it goes on
+    assert strategy.save(tmp_path).name == "update-00000003.safetensors"
+
+
+def fails_everywhere(comm: Any, folder: Path) -> list[str]:
+    """Of errors that rank 0 alone could have met, all ranks hear; then they go on together."""
+    strategy = build(comm)
+    (folder / "file").touch()
+    said = [
+        told(lambda: strategy.save(folder / "file" / "below")),
+        told(lambda: strategy.load(folder / "nowhere")),
+        told(lambda: strategy.load(folder / "file")),
+        told(lambda: strategy.save(folder, extra={1, 2})),
+        told(lambda: strategy.save(folder, keep=0)),
+    ]
+    x, y = samples()[: 8 + comm.rank]
+    if comm.rank:
+        strategy.forward_backward(x, y, F.cross_entropy)
+    said.append(told(lambda: strategy.save(folder)))
+    strategy.discard()
+    path = strategy.save(folder)
+    said += [
+        told(lambda: build(comm, "momentum").load(path)),
+        told(lambda: build(comm, "plain").load(path)),
+        told(lambda: strategy.load(path, generators={"g": np.random.default_rng()})),
+    ]
+    model = nn.Linear(6, 3)
+    other = parallel.DataParallel(model, optim.Adam(model.parameters()), comm)
+    said.append(told(lambda: other.load(path)))
+    assert (other.updates, strategy.updates) == (0, 0)
+    strategy.step()
+    return said
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_errors_reach_all_ranks_and_say_what_to_do(world: str, tmp_path: Path) -> None:
+    first, second = minidp.spawn(fails_everywhere, 2, tmp_path, world=world)
+    assert first == second
+    starts = (
+        "NotADirectoryError",
+        "FileNotFoundError: no checkpoint: there is no file or folder",
+        "DamagedCheckpoint",
+        "TypeError: Object of type set is not JSON serializable",
+        "ValueError: keep=0",
+        "RuntimeError: save in the middle of a step",
+        "ValueError: the checkpoint, of Adam(",
+        "nothing",  # plain SGD needs no state
+        "ValueError: the checkpoint holds no generator 'g' (PCG64); it holds none",
+        "ValueError: this state does not fit the model: missing weight",
+    )
+    assert len(first) == len(starts)
+    for text, start in zip(first, starts):
+        assert text.startswith(start), text
+    assert (
+        "has no momentum_buffer of first.weight (12, 6): load it into the model and the kind of optimizer"
+        in first[6]
+    )
+
+
+def test_what_bits_depend_on_is_recorded_and_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    strategy = build(comm_self())
+    path = strategy.save(tmp_path)
+    facts = json.loads(nn.read_file(path)[1]["minidp"])
+    assert facts["surroundings"]["numpy"] == np.__version__
+    assert "blas" in facts["surroundings"]
+    strategy.load(path)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "minidp.parallel"):
+        checkpoint.compare_surroundings({**facts["surroundings"], "numpy": "1.2.3"})
+    assert f"numpy 1.2.3 → {np.__version__}" in caplog.text
+    assert "bits may differ" in caplog.text
+
+
+def test_position_of_a_loader() -> None:
+    loader = data.DataLoader(samples(), global_batch_size=8)
+    assert [loader.position(n) for n in (0, 7, 8, 20)] == [(0, 0), (0, 7), (1, 0), (2, 4)]
+    with pytest.raises(ValueError, match="batches must be at least 0"):
+        loader.position(-1)
