@@ -17,7 +17,7 @@ import pytest
 OPTIONS = (
     *("--workers", "--epochs", "--global-batch-size", "--lr", "--optimizer", "--naive", "--balance", "--json"),
     *("--trace", "--world", "--straggler", "--flops", "--bandwidth", "--latency", "--jitter", "--topology"),
-    *("--ranks-per-node", "--plot", "--micro-shards"),
+    *("--ranks-per-node", "--plot", "--micro-shards", "--save", "--resume"),
 )
 PARAMETERS = 64 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10
 STEPS_AN_EPOCH = 6  # ⌈1437 / 256⌉
@@ -47,6 +47,7 @@ FIGURES = {
     "relative_difference": float,
     "shares": type(None),
     "micro_shards": type(None),
+    "resumed_at": type(None),
     "sha256": dict,
 }
 
@@ -223,6 +224,25 @@ def test_micro_shards_make_all_workers_equal_to_the_last_bit(tmp_path: Path) -> 
     assert virtual["step_s_one_worker"] == pytest.approx(virtual["predicted_step_s_one_worker"], rel=1e-9)
 
 
+def test_resumed_workers_equal_one_that_was_never_interrupted(tmp_path: Path) -> None:
+    folder, options = tmp_path / "checkpoints", ("--workers", "2", "--world", "virtual", "--micro-shards", "4")
+    code, _, err = demo(*options, "--epochs", "2", "--save", str(folder))
+    assert (code, err) == (0, "")
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        f"update-{n:08d}.safetensors" for n in (STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH)
+    ]
+    figures = tmp_path / "figures"
+    code, out, err = demo(*options, "--epochs", "3", "--resume", str(folder), "--json", str(figures))
+    assert (code, err) == (0, "")
+    result = json.loads(figures.read_text())
+    assert (result["resumed_at"], result["steps"]) == (2 * STEPS_AN_EPOCH, STEPS_AN_EPOCH)
+    assert result["relative_difference"] == 0, "not a bit is lost"
+    assert f"The 2 workers went on from step {2 * STEPS_AN_EPOCH}; the one was never interrupted." in out
+    code, out, err = demo(*options, "--epochs", "2", "--resume", str(folder))
+    assert code == 2
+    assert "all 12 steps are made already: give more --epochs" in err
+
+
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.002)])
 def test_each_optimizer(optimizer: str, lr: float, tmp_path: Path) -> None:
     asked = ["--lr", str(lr)] if optimizer == "adamw" else []  # a default of its own for each of the others
@@ -287,6 +307,8 @@ def test_help_explains_each_option() -> None:
         (["--micro-shards", "2", "--workers", "4"], "--micro-shards=2 can't be shared by 4 ranks alike"),
         (["--micro-shards", "4", "--naive"], "the literal version (--naive) has none"),
         (["--micro-shards", "4", "--balance"], "they can't be shared by speed (--balance)"),
+        (["--resume", "/no such folder"], "there is no checkpoint; --save /no such folder writes some"),
+        (["--save", "/dev/null"], "--save /dev/null: this is a file, give a folder"),
         (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minidp.demo.train import OPTIMIZERS
+from minidp.demo.train import OPTIMIZERS, TRAIN_SAMPLES
 from minidp.launch import cores
+from minidp.parallel.checkpoint import files, updates_of
 from minidp.parallel.micro_shards import leaves_of
 from minidp.sim import Cluster
 from minidp.sim.topology import NAMES
@@ -65,6 +66,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="measure each worker's speed, and give it samples in proportion (article 2.4)",
     )
+    add("--save", type=Path, metavar="FOLDER", help="the N workers write a checkpoint to FOLDER after each epoch")
+    add(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="the N workers go on from the newest checkpoint of FOLDER, as if they had never stopped",
+    )
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     add(
         "--trace",
@@ -116,6 +124,15 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} {path}: there is no folder {path.parent}")
     if args.plot is not None and args.plot.suffix not in PICTURES:
         parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PICTURES)}")
+    if args.save is not None and args.save.exists() and not args.save.is_dir():
+        parser.error(f"--save {args.save}: this is a file, give a folder")
+    if args.resume is not None:
+        found = files(args.resume) if args.resume.is_dir() else []
+        if not found:
+            parser.error(f"--resume {args.resume}: there is no checkpoint; --save {args.resume} writes some")
+        steps = args.epochs * -(-TRAIN_SAMPLES // args.global_batch_size)
+        if updates_of(found[0]) >= steps:
+            parser.error(f"--resume {args.resume}: all {steps} steps are made already: give more --epochs")
     nodes = [node for node, _ in args.straggler or ()]
     if len(set(nodes)) < len(nodes):
         parser.error("--straggler: a node is given twice")

@@ -53,6 +53,8 @@ class Outcome:
     shares: tuple[float, ...] | None
     """Each worker's part of a batch, if they were balanced."""
     micro_shards: int | None
+    resumed_at: int | None
+    """The steps that a checkpoint of the workers had; ``steps`` are those made after it."""
     sha256: dict[int, str] = field(default_factory=dict)
     """Of w after a few updates with micro-shards, by number of workers: the same for all."""
 
@@ -110,6 +112,7 @@ def outcome(
         relative_difference=relative_difference(one[0].state, many[0].state),
         shares=many[0].shares,
         micro_shards=job.micro_shards,
+        resumed_at=many[0].resumed_at,
     )
 
 
@@ -151,7 +154,7 @@ def _describe(cluster: Cluster) -> str:
 def show(console: Console, result: Outcome) -> None:
     threads = "one BLAS thread a worker" if result.world == "process" else "on the virtual clock"
     table = Table(
-        title=f"{result.steps} steps, {result.epochs} epoch{'s' * (result.epochs > 1)}, {threads}",
+        title=f"{result.steps} {'steps' if result.resumed_at is None else 'more steps'}, {result.epochs} epoch{'s' * (result.epochs > 1)}, {threads}",
         title_style="bold",
     )
     table.add_column("")
@@ -193,6 +196,9 @@ def explain(result: Outcome) -> str:
         faster = f"The same {result.steps} steps took 1/{result.speedup_strong:.2f} of the time."
     else:
         faster = "It was not faster: no core for each worker, or a busy machine."
+    if result.resumed_at is not None:
+        same += f"\nThe {workers} went on from step {result.resumed_at}; the one was never interrupted."
+        return f"\n{same}\n\n{identical(result.sha256)}"  # of a part of the steps no speed-up can be told
     return (
         f"\n{same}\n{faster}\n"
         "Strong: the same work, cut into N parts. Weak: N times the work.\n"

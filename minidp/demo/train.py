@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
 }
+TRAIN_SAMPLES = 1437  # of the digits
 DEFAULT_LR = {"sgd": 0.1, "momentum": 0.05, "adam": 0.001, "adamw": 0.001}
 
 
@@ -38,6 +40,10 @@ class Job:
     hidden: tuple[int, ...] = (1024, 1024)
     balance: bool = False
     micro_shards: int | None = None
+    save: Path | None = None
+    """Where a checkpoint is written after each epoch."""
+    resume: Path | None = None
+    """A folder of checkpoints: go on from the newest."""
 
     def model(self) -> nn.Sequential:
         """An MLP of these hidden sizes, the same on every rank."""
@@ -69,6 +75,8 @@ class Result:
     events: list[trace.Event] = field(default_factory=list)
     shares: tuple[float, ...] | None = None
     """With ``balance``: each rank's part of a batch."""
+    resumed_at: int | None = None
+    """The updates that had been made when this run went on."""
 
 
 def train(comm: Communicator, job: Job) -> Result:
@@ -86,28 +94,33 @@ def train(comm: Communicator, job: Job) -> Result:
         seed=0,
         weights=weights,
     )
+    resumed_at = None if job.resume is None else strategy.load(job.resume).updates
+    first, step = loader.position(strategy.updates)
     recorder, epoch_s, total = trace.Recorder(comm.rank, comm.now), [], len(loader) * job.epochs
     comm.barrier()
     with trace.recording(recorder):
-        for epoch in range(job.epochs):
+        for epoch in range(first, job.epochs):
             start = comm.now()
-            for x, y in loader.epoch(epoch):
+            for x, y in loader.epoch(epoch, step if epoch == first else 0):
                 loss = strategy.forward_backward(x, y, F.cross_entropy)  # ∇L_i
                 strategy.step()  # ∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; sync
             epoch_s.append(comm.now() - start)
             comm.progress(strategy.updates, total, f"epoch {epoch + 1}, loss {float(loss):.3f}")
+            if job.save is not None:
+                strategy.save(job.save)
     loss_sum, _, seen = evaluate(comm, strategy.model, train_set, strategy.shard)
     _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
     state = strategy.state_dict()  # collective: every rank calls it
     return Result(
-        steps=strategy.updates,
+        steps=strategy.updates - (resumed_at or 0),
         epoch_s=epoch_s,
         loss=loss_sum / seen,
         accuracy=correct / count,
-        bytes_per_step=strategy.metrics["bytes_sent"] / max(1, strategy.updates),
+        bytes_per_step=strategy.metrics["bytes_sent"] / max(1, strategy.updates - (resumed_at or 0)),
         state=state if comm.rank == 0 else {},
         events=recorder.events if job.record else [],
         shares=tuple(weight / sum(weights) for weight in weights) if weights else None,
+        resumed_at=resumed_at,
     )
 
 

@@ -82,8 +82,13 @@ def write(folder: Path, content: Content, keep: int) -> Path:
 
 def files(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the one of the most updates first."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=updates_of, reverse=True)
+
+
+def updates_of(path: Path) -> int:
+    """The updates that had been made, by the name of the file."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def read(place: Path) -> tuple[Content, Path, tuple[str, ...]]:
