@@ -153,8 +153,9 @@ def _describe(cluster: Cluster) -> str:
 
 def show(console: Console, result: Outcome) -> None:
     threads = "one BLAS thread a worker" if result.world == "process" else "on the virtual clock"
+    more = "" if result.resumed_at is None else "more "
     table = Table(
-        title=f"{result.steps} {'steps' if result.resumed_at is None else 'more steps'}, {result.epochs} epoch{'s' * (result.epochs > 1)}, {threads}",
+        title=f"{result.steps} {more}steps, {result.epochs} epoch{'s' * (result.epochs > 1)}, {threads}",
         title_style="bold",
     )
     table.add_column("")
