@@ -117,6 +117,15 @@ def test_micro_shards(tmp_path: Path) -> None:
             assert line["comparison"]["median"] == pytest.approx(line["us"] / whole["us"])
 
 
+def test_whereabouts(tmp_path: Path) -> None:
+    report = run_bench(tmp_path / "out.json", "whereabouts", "--quick")
+    check_schema(report, "whereabouts", 1)
+    assert [line["who"] for line in report["lines"]] == ["watched", "plain"] * 2
+    watched, plain = report["lines"][:2]
+    assert watched["comparison"]["median"] == pytest.approx(100 * (watched["us"] / plain["us"] - 1) / 25)
+    assert watched["comparison"]["bar"] == "≤ 1"
+
+
 def test_virtual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_bench(tmp_path / "out.json", "virtual", "--quick")
     check_schema(report, "virtual", 1)

@@ -3,7 +3,8 @@
     allreduce     our all-reduce, MPICH's, gloo's          4 KB … 128 MB, 2 ranks
     step          one training step, ours and PyTorch's    one process, one thread
     scaling       2 workers against 1; DDP, PyTorch + MPI  2 processes
-    micro-shards  the same bits for any N, and its price  one process
+    micro-shards  the same bits for any N, and its price   one process, one thread
+    whereabouts   what always knowing ranks' places costs  one process, one thread
     startup       import, and until a spawned function runs
 
 Absolute figures of a shared machine drift by a factor of two within minutes; ratios of bursts that follow each

@@ -11,7 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from minidp.bench import allreduce, micro_shards, scaling, startup, step, virtual
+from minidp.bench import allreduce, micro_shards, scaling, startup, step, virtual, whereabouts
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import PROPER_PAIRS
 from minidp.bench.report import Report
@@ -39,6 +39,7 @@ BENCHES = {
     "scaling": "2 workers against 1; PyTorch DDP, PyTorch + MPICH (2 minutes)",
     "startup": "import minidp over import numpy; a spawn until its function runs (20 s)",
     "micro-shards": "what the same bits for any N cost, next to one whole batch (1 minute)",
+    "whereabouts": "what it costs that every rank's place is always known (20 s)",
     "virtual": "the virtual world: messages/s, 1000 ranks train, 10 000 are timed, steps predicted (2 minutes)",
 }
 
@@ -76,7 +77,13 @@ def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report:
         return allreduce.run(rounds, screen, sizes)
     if options.bench == "virtual":
         return virtual.run(rounds, screen, virtual.QUICK if options.quick else virtual.FULL)
-    rooms = {"step": step, "scaling": scaling, "startup": startup, "micro-shards": micro_shards}
+    rooms = {
+        "step": step,
+        "scaling": scaling,
+        "startup": startup,
+        "micro-shards": micro_shards,
+        "whereabouts": whereabouts,
+    }
     run: Callable[[Rounds, Screen], Report] = rooms[options.bench].run
     return run(rounds, screen)
 

@@ -5,11 +5,13 @@ about to sleep or has made progress, so the board costs nothing while all goes w
 hangs" into a sentence with ranks in it.
 
     head:    aborted, rank, length, text          verdict, length, text
-    record:  state, pid, serial, owner, offset, value, noticed, done, total, lengths, naps, place, note
+    record:  state, pid, serial, owner, offset, value, noticed, done, total, lengths, naps, since, seen,
+             place, note, whereabouts
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from minidp.comm.arena import REGION, Arena, round_up
@@ -18,10 +20,12 @@ from minidp.comm.word import publish_fence
 STARTING, RUNNING, RETURNED = 0, 1, 2
 NOBODY = -1  # waits for any rank, not for one
 
-_RECORD = 512
+_RECORD = 768
 _TEXT = 192
-_PLACE, _NOTE = _RECORD - 2 * _TEXT, _RECORD - _TEXT
+_PLACE, _NOTE, _WHERE = 128, 128 + _TEXT, 128 + 2 * _TEXT
 _STATE, _PID, _SERIAL, _OWNER, _OFFSET, _VALUE, _NOTICED, _DONE, _TOTAL, _PLACE_LEN, _NOTE_LEN, _NAPS = range(12)
+_SINCE, _SEEN, _WHERE_LEN = range(12, 15)
+_FRESH_S = 1.5  # since a rank was last seen: longer, and it may be somewhere else by now
 _HEAD = 2048
 _ABORTED, _ABORT_RANK, _ABORT_LEN, _VERDICT, _VERDICT_LEN = range(5)
 _ABORT_TEXT, _VERDICT_TEXT, _HEAD_TEXT = 64, 1024, 960
@@ -155,13 +159,35 @@ class Board:
         record = self._records[rank]
         return record[_DONE], record[_TOTAL], self._read(_HEAD + _RECORD * rank + _NOTE, record[_NOTE_LEN])
 
+    def seen(self, rank: int, place: str, since_ns: int, now_ns: int) -> None:
+        """``rank`` is at ``place``, and has been since then (``time.monotonic_ns``)."""
+        record = self._records[rank]
+        if record[_SINCE] != since_ns:
+            record[_SINCE] = 0  # as of a wait: readers take it as nothing
+            record[_WHERE_LEN] = self._write(_HEAD + _RECORD * rank + _WHERE, place, _TEXT)
+            publish_fence()
+            record[_SINCE] = since_ns
+        record[_SEEN] = now_ns
+
+    def whereabouts(self, rank: int) -> str | None:
+        """``forward, layer 3 (conv2), 1.2 s``: where ``rank`` was last seen; None if it has not been."""
+        record = self._records[rank]
+        since, seen = record[_SINCE], record[_SEEN]
+        place = self._read(_HEAD + _RECORD * rank + _WHERE, record[_WHERE_LEN])
+        if not since or record[_SINCE] != since:
+            return None
+        now = time.monotonic_ns()
+        if now - seen > _FRESH_S * 1e9:
+            return f"{place}, last seen {(now - seen) / 1e9:.1f} s ago"
+        return f"{place}, {(now - since) / 1e9:.1f} s"
+
     def all_wait_or_returned(self) -> bool:
         """Nobody computes."""
         ranks = range(self.world_size)
         return all(self.state(rank) == RETURNED or self.waiting(rank) is not None for rank in ranks)
 
     def where_all_are(self) -> str:
-        """One sentence: ``rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412``."""
+        """One sentence: ``rank 2: forward, layer 3 (conv2), 1.2 s; ranks 0, 1, 3 wait in all_reduce #412``."""
         places: dict[str, list[int]] = {}
         for rank in range(self.world_size):
             wait = self.waiting(rank)
@@ -170,7 +196,8 @@ class Board:
             elif wait is not None:
                 place = f"wait in {wait.place}"
             else:
-                place = "compute"
+                whereabouts = self.whereabouts(rank)
+                place = "compute" if whereabouts is None else f": {whereabouts}"
             places.setdefault(place, []).append(rank)
         return name_places(places)
 
@@ -219,8 +246,8 @@ def _of(group: str) -> str:
 
 
 def name_places(places: dict[str, list[int]]) -> str:
-    """``rank 2 returned; ranks 0, 1, 3 wait in …``, from {place: ranks}; those who have returned come first."""
-    order = sorted(places, key=lambda place: (place != "returned", places[place]))
+    """``rank 2 returned; ranks 0, 1, 3 wait in …``, from {place: ranks}; those who do not wait come first."""
+    order = sorted(places, key=lambda place: (place != "returned", place.startswith("wait"), places[place]))
     return "; ".join(name_ranks(places[place], place) for place in order)
 
 
@@ -230,5 +257,5 @@ def name_ranks(ranks: list[int], verb: str = "") -> str:
         for plural, singular in (("wait ", "waits "), ("compute", "computes")):
             if verb.startswith(plural):
                 verb = singular + verb[len(plural) :]
-        return f"rank {ranks[0]} {verb}".rstrip()
-    return f"ranks {', '.join(map(str, ranks))} {verb}".rstrip()
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return f"{who}{verb}" if verb.startswith(":") else f"{who} {verb}".rstrip()

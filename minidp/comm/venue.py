@@ -166,14 +166,20 @@ class Venue:
         verdict = left_waiting(where) if self.returned else stuck(where)
         self._tell(CollectiveMismatch(verdict))
 
-    def where_all_are(self) -> str:
-        """``rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412 (float32 (4,), sum)``."""
+    def where_all_are(self, here: str | None = None) -> str:
+        """``rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412 (float32 (4,), sum)``.
+
+        ``here``: in words, where the one is that runs.
+        """
+        running = getcurrent()
         places: dict[str, list[int]] = {}
         for task in self.ranks:
             if task.rank in self.returned:
                 place = "returned"
             elif task.waits_for is not None:
                 place = f"wait in {task.waits_for()}"
+            elif here is not None and task is running:
+                place = f": {here}"
             else:
                 place = "compute"
             places.setdefault(place, []).append(task.rank)

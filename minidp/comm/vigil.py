@@ -96,7 +96,8 @@ class Vigil:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.watch.board.waits_no_more(self.watch.rank)
+        if not isinstance(error, CollectiveTimeout):  # who gives up at the same moment is still to be named here
+            self.watch.board.waits_no_more(self.watch.rank)
 
     def nap(self) -> bool:
         """Sleep a little; True if what is waited for has arrived, an error if it never will."""

@@ -15,5 +15,8 @@ import numpy.random  # noqa: F401
 import minidp.comm
 import minidp.launch.worker
 import minidp.parallel  # noqa: F401
+from minidp.launch.whereabouts import ASK
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+if ASK is not None:  # the same: the parent is asked where everybody is, and answers
+    signal.signal(ASK, signal.SIG_IGN)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import threadpoolctl
@@ -21,6 +23,7 @@ from minidp.comm.venue import Venue
 from minidp.comm.virtual import VirtualCommunicator
 from minidp.launch.supervise import failure_of
 from minidp.launch.watchdog import watching
+from minidp.launch.whereabouts import place_of, telling
 from minidp.sim import Cluster
 from minidp.sim.loop import rank_here
 
@@ -44,6 +47,7 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
         watching(venue, timeout_s),
         _few_collections(),
         _tagged_records(),
+        telling(partial(_tell, venue)),
     ):
         venue.run(lives)
     if venue.raised:
@@ -52,6 +56,11 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
         trace = "".join(traceback.format_exception(error))
         raise failure_of(rank, world_size, in_words(error), trace, error)
     return [venue.returned[rank] for rank in ranks]
+
+
+def _tell(venue: Venue) -> None:
+    here, _ = place_of(sys._getframe())
+    print(f"minidp: at {venue.loop.now:g} s: {venue.where_all_are(here)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from greenlet import getcurrent
 
 from minidp.comm.errors import CommError
 from minidp.comm.venue import Venue
+from minidp.launch.whereabouts import place_of
 from minidp.sim.loop import Task
 
 _SIGNAL = signal.SIGURG  # ignored unless somebody asks for it
@@ -42,7 +43,8 @@ def watching(venue: Venue, timeout_s: float) -> Iterator[None]:
         who = f"rank {task.rank}" if isinstance(task, Task) else "the virtual world"
         text = (
             f"{who} has blocked outside of comm for {timeout_s:g} s, {_place(frame)}. In the virtual world all "
-            "ranks share one thread, so no other rank runs meanwhile: let ranks wait for each other by comm alone"
+            "ranks share one thread, so no other rank runs meanwhile: let ranks wait for each other by comm "
+            f"alone. {venue.where_all_are(place_of(frame)[0])}"
         )
         if who in told:  # it has caught the first one, and blocks again
             raise SystemExit(text)

@@ -18,9 +18,11 @@ from typing import Any
 import cloudpickle
 
 from minidp.comm.arena import Arena
+from minidp.comm.board import Board
 from minidp.comm.errors import in_words
 from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs
+from minidp.launch.whereabouts import Sampler
 
 # Reports travel in pieces that a pipe takes as a whole or not at all: a worker that is stopped in the middle of
 # a long one does not keep the parent waiting for the rest.
@@ -127,6 +129,7 @@ def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> Non
 def _run(job: Job) -> tuple[str, Any]:
     function, args = pickle.loads(job.function)
     comm = join_world(job.arena, job.rank, job.world_size, job.timeout_s)
+    Sampler(Board(job.arena, job.world_size), job.rank).start()
     try:
         value = function(comm, *args)
     finally:

@@ -1,0 +1,209 @@
+"""Who is stuck: on a timeout, and when somebody asks, one message says where every rank is."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minidp
+from minidp import nn, optim, parallel
+from minidp.comm import comm_self
+from minidp.launch.whereabouts import Sampler, place_of, telling
+from minidp.nn import functional as F
+from tests.leftovers import Script
+
+pytestmark = pytest.mark.timeout(60)
+
+HANG_S = 30.0
+
+
+class Slow(nn.Module):
+    """A layer that takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def forward(self, x: Any) -> Any:
+        time.sleep(self.seconds)
+        return F.relu(x)
+
+
+class Net(nn.Module):
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.conv1, self.act, self.conv2 = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)
+        self.slow, self.last = Slow(seconds), nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.slow(self.conv2(self.act(self.conv1(x)))))
+
+
+def load_batch(seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    time.sleep(seconds)
+    return np.zeros((2, 4), np.float32), np.zeros(2, int)
+
+
+def hangs(comm: Any, where: str, seconds: float = HANG_S) -> None:
+    here = comm.rank == 2
+    model = Net(seconds if here and where == "forward" else 0).initialize(0)
+    if here and where == "backward":
+        model.conv2.weight.register_post_accumulate_grad_hook(lambda _: time.sleep(seconds))
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm)
+    x, y = load_batch(seconds if here and where == "data" else 0)
+    if here and where == "stopped":
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    strategy.forward_backward(x, y, F.cross_entropy)
+    strategy.step()
+
+
+@pytest.mark.parametrize(
+    ("where", "place"),
+    [
+        ("forward", r"forward, layer 4 \(slow\), \d\.\d s"),
+        ("backward", r"backward, layer 3 \(conv2\), \d\.\d s"),
+        ("data", r"test_whereabouts.py:\d+ in load_batch, \d\.\d s"),
+        ("stopped", r"test_whereabouts.py:\d+ in hangs, last seen \d\.\d s ago"),
+    ],
+)
+def test_a_timeout_says_where_each_rank_is(where: str, place: str) -> None:
+    with pytest.raises(minidp.CollectiveTimeout) as caught:
+        minidp.spawn(hangs, 4, where, timeout_s=2.0 if where == "stopped" else 1.0, progress=False)
+    text = str(caught.value)
+    assert "rank 2 did not come to step/gradients" in text
+    assert re.search(rf"rank 2: {place}; ranks 0, 1, 3 wait in step/gradients #\d+ of DataParallel", text), text
+    if where == "stopped":
+        assert "rank 2 is stopped (SIGSTOP)" in text
+
+
+@pytest.mark.parametrize(
+    ("where", "place"),
+    [
+        ("forward", r"forward, layer 4 \(slow\)"),
+        ("data", r"test_whereabouts.py:\d+ in load_batch"),
+    ],
+)
+def test_so_does_a_virtual_rank_that_blocks(where: str, place: str) -> None:
+    with pytest.raises(minidp.RankFailed) as caught:
+        minidp.spawn(hangs, 4, where, timeout_s=0.5, world="virtual")
+    assert re.search(rf"rank 2: {place}; rank 3 computes; ranks 0, 1 wait in ", str(caught.value)), caught.value
+
+
+PROGRAM = """
+import os, sys
+from tests.test_whereabouts import hangs
+import minidp
+print("started", flush=True)
+minidp.spawn(hangs, 4, "forward", 2.5, timeout_s=20, world=sys.argv[1])
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("world", ["process", "virtual"])
+def test_whoever_asks_by_a_signal_is_told_and_the_run_goes_on(world: str) -> None:
+    script = Script(PROGRAM, world)
+    try:
+        script.wait_for_line("started")
+        time.sleep(1.3)
+        script.process.send_signal(signal.SIGUSR1)
+        code, out, err = script.finish()
+        assert (code, out) == (0, "ended\n"), err
+        (told,) = [line for line in err.splitlines() if line.startswith("minidp: ")]
+        assert "rank 2: forward, layer 4 (slow)" in told
+        assert re.search(r"ranks 0, 1(, 3)? wait in ", told)
+    finally:
+        script.clean()
+
+
+def test_nobody_elses_signal_is_taken() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with telling(lambda: heard.append(-1)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with telling(lambda: heard.append(-2)):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert heard[1:] == [-2]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+class Blackboard:
+    """In place of the board."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, int]] = []
+
+    def seen(self, rank: int, place: str, since_ns: int, now_ns: int) -> None:
+        self.notes.append((place, since_ns))
+
+
+def test_who_goes_on_is_not_said_to_have_stayed() -> None:
+    """The same place in another step is another stay."""
+    board: Any = Blackboard()
+    sampler = Sampler(board, 0, every_s=0.01)
+    model = Net(0.05).initialize(0)
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm_self())
+    x, y = load_batch(0)
+    sampler.start()
+    try:
+        for _ in range(6):
+            strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
+    finally:
+        sampler.stop()
+    stays = {since for place, since in board.notes if place == "forward, layer 4 (slow)"}
+    assert len(stays) >= 5
+    assert not sampler.is_alive()
+
+
+def test_models_that_can_not_be_told_about_are_no_error() -> None:
+    class Odd(nn.Module):
+        @property
+        def everything(self) -> Any:
+            raise RuntimeError
+
+        def modules(self) -> Any:
+            raise RuntimeError("no")
+
+        def forward(self) -> tuple[str, Any]:
+            return place_of(sys._getframe())
+
+    assert Odd()()[0] == "forward, in Odd"
+    assert place_of(None)[0] == "at an unknown place"
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(place_of(sys._getframe())[0]))
+    thread.start()
+    thread.join()
+    assert found[0].startswith("test_whereabouts.py:")
+
+
+def test_a_signal_to_the_whole_group_kills_nobody() -> None:
+    source = """
+import minidp, time
+def sleep(comm):
+    if comm.rank == 0:
+        print("running", flush=True)
+    time.sleep(1.0)
+minidp.spawn(sleep, 2)
+print("ended", flush=True)
+"""
+    script = Script(source)
+    try:
+        script.wait_for_line("running")
+        time.sleep(0.4)
+        os.killpg(script.process.pid, signal.SIGUSR1)
+        code, out, err = script.finish()
+        assert (code, out) == (0, "ended\n"), err
+        assert re.search(r"minidp: ranks? 0.*: <string>:\d+ in sleep, \d\.\d s", err), err
+    finally:
+        script.clean()
