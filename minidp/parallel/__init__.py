@@ -3,12 +3,13 @@
 from minidp.parallel.balance import measure_speeds
 from minidp.parallel.checkpoint import Checkpoint, DamagedCheckpoint
 from minidp.parallel.data_parallel import DataParallel
-from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.naive import NaiveDataParallel
 from minidp.parallel.strategy import Strategy
 
 __all__ = [
     "Checkpoint",
+    "CorruptGradient",
     "DamagedCheckpoint",
     "DataParallel",
     "NaiveDataParallel",

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any, Self
+from zlib import crc32
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from minidp.optim import Optimizer
 from minidp.parallel import norms
 from minidp.parallel.blocks import Block, Trouble, cut_blocks, find_trouble
 from minidp.parallel.buckets import make_buckets, pieces, slices
-from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.micro_shards import Leaves, add_in_tree, check_dtype, leaves_of, one_blas_thread
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
@@ -51,6 +52,9 @@ class DataParallel(Strategy):
         clip_norm: scale the averaged gradient down to this 2-norm if it is longer.
         check_finite: raise NonFiniteGradient, on all ranks, rather than commit a step whose averaged gradient
             holds NaN or infinity. (An update can still overflow where the learning rate is absurd.)
+        checksum: raise CorruptGradient, on all ranks, if a rank's gradients have changed in shared memory after
+            its backward. Costs two barriers more and reading all gradients on every rank. Where they travel in
+            messages there is nothing to check: what leaves is a copy.
 
     Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
     of w that they read), two barriers (three with ``clip_norm``), the update done once instead of N times.
@@ -79,8 +83,9 @@ class DataParallel(Strategy):
         bucket_cap_mb: float = 25,
         clip_norm: float | None = None,
         check_finite: bool = True,
+        checksum: bool = False,
     ) -> None:
-        self.bucket_cap_mb, self.micro_shards = bucket_cap_mb, micro_shards
+        self.bucket_cap_mb, self.micro_shards, self.checksum = bucket_cap_mb, micro_shards, checksum
         self._blas: Any = None
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
@@ -135,7 +140,7 @@ class DataParallel(Strategy):
         self._slabs.flip()
 
     def _options(self) -> tuple[Any, ...]:
-        return (*super()._options(), self.bucket_cap_mb, self.micro_shards)
+        return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum)
 
     def release(self) -> None:
         super().release()
@@ -174,8 +179,11 @@ class DataParallel(Strategy):
         if self._backwards < self._most_backwards:
             self._add_leaves()
         self.layout.zero_unwritten(self._own)
+        mine = crc32(self._own.data) if self.checksum else 0
         with trace.span("wait for gradients", "wait"):
             total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
+        if self.checksum:
+            self._verify(mine)
         if total == 0:
             return
         with trace.span("reduce and update", "compute"):
@@ -187,6 +195,14 @@ class DataParallel(Strategy):
         if any(elements):
             self._raise_non_finite(elements, trouble)
         self._slabs.flip()
+
+    def _verify(self, mine: int) -> None:
+        """See that every rank's gradients still have the checksum that it computed. Collective."""
+        sums = self.comm.all_gather_int(mine, "step/checksums")
+        wrong = [rank for rank, slab in enumerate(self._slabs.grads) if crc32(slab.data) != sums[rank]]
+        found = self.comm.all_gather_int(wrong[0] if wrong else -1, "step/verified")
+        if max(found) >= 0:
+            raise CorruptGradient(min(rank for rank in found if rank >= 0), self.updates)
 
     def _average_and_update(self, total: int) -> Trouble | None:
         """∇L and w' of this rank's blocks; the first trouble in them, with which w' is void."""

@@ -21,3 +21,22 @@ class NonFiniteGradient(FloatingPointError):
 
     def __reduce__(self) -> tuple[type[NonFiniteGradient], tuple[str, int, int, float]]:
         return type(self), (self.parameter, self.rank, self.step, self.value)
+
+
+class CorruptGradient(RuntimeError):
+    """A rank's gradients are not what it wrote: something changed them in memory. Nothing was committed.
+
+    Raised on all ranks by ``DataParallel(checksum=True)``; ``rank`` and ``step`` tell where.
+    """
+
+    def __init__(self, rank: int, step: int) -> None:
+        super().__init__(
+            f"the gradients of rank {rank} at step {step} do not have the checksum that it computed when they "
+            "were complete: something has changed them since (a stray write, or bad memory). The parameters are "
+            "those of the last good step: call strategy.discard() and repeat the batch; if it comes again, change "
+            "the machine"
+        )
+        self.rank, self.step = rank, step
+
+    def __reduce__(self) -> tuple[type[CorruptGradient], tuple[int, int]]:
+        return type(self), (self.rank, self.step)

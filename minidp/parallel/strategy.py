@@ -20,7 +20,7 @@ from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
 from minidp.parallel import checkpoint
 from minidp.parallel.agreement import agree, check_free, check_parameters, describe, owners
-from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 
 StateDict = dict[str, np.ndarray]
 WHOLE = (int, np.integer)
@@ -145,8 +145,8 @@ class Strategy(ABC):
         Without a backward this rank takes part with 0 samples. If no rank has any, there is no gradient: the
         step counts, nothing changes. Afterwards all ranks hold the same parameters, bit for bit.
 
-        Raises: NonFiniteGradient on all ranks (with ``check_finite``), RuntimeError after a failed backward,
-            CommError. The parameters are then those of the last step.
+        Raises: NonFiniteGradient on all ranks (with ``check_finite``), CorruptGradient (with ``checksum``),
+            RuntimeError after a failed backward, CommError. The parameters are then those of the last step.
         """
         if self._poison is not None:
             raise RuntimeError(
@@ -166,7 +166,7 @@ class Strategy(ABC):
         try:
             with np.errstate(all="ignore"):  # NaN and infinity are looked for, not stumbled over
                 self._reduce_and_update(self._samples)
-        except NonFiniteGradient as error:
+        except (NonFiniteGradient, CorruptGradient) as error:
             self._poison = error
             raise
         self.updates += 1
