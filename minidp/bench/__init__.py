@@ -5,6 +5,7 @@
     scaling       2 workers against 1; DDP, PyTorch + MPI  2 processes
     micro-shards  the same bits for any N, and its price   one process, one thread
     whereabouts   what always knowing ranks' places costs  one process, one thread
+    faults        who is told, how soon, and what is left  3 processes, again and again
     startup       import, and until a spawned function runs
 
 Absolute figures of a shared machine drift by a factor of two within minutes; ratios of bursts that follow each

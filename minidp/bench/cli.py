@@ -11,7 +11,17 @@ from types import FrameType
 
 from rich.console import Console
 
-from minidp.bench import allreduce, micro_shards, scaling, startup, step, virtual, whereabouts
+from minidp.bench import (
+    allreduce,
+    fault_report,
+    faults,
+    micro_shards,
+    scaling,
+    startup,
+    step,
+    virtual,
+    whereabouts,
+)
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import PROPER_PAIRS
 from minidp.bench.report import Report
@@ -39,6 +49,7 @@ BENCHES = {
     "scaling": "2 workers against 1; PyTorch DDP, PyTorch + MPICH (2 minutes)",
     "startup": "import minidp over import numpy; a spawn until its function runs (20 s)",
     "micro-shards": "what the same bits for any N cost, next to one whole batch (1 minute)",
+    "faults": "what goes wrong on purpose: who is told, how soon, what is left (1 minute for 200)",
     "whereabouts": "what it costs that every rank's place is always known (20 s)",
     "virtual": "the virtual world: messages/s, 1000 ranks train, 10 000 are timed, steps predicted (2 minutes)",
 }
@@ -68,10 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.print(console)
     if options.json:
         report.write(options.json)
-    return 0
+    return int(isinstance(report, fault_report.FaultReport) and bool(report.problems))
 
 
-def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report:
+def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report | fault_report.FaultReport:
+    if options.bench == "faults":
+        trials = options.trials or (len(faults.KINDS) if options.quick else 10 * len(faults.KINDS))
+        screen.phase("faults", trials)
+        return fault_report.FaultReport(faults.run(trials, options.seed, screen.tick), options.seed)
     if options.bench == "allreduce":
         sizes = options.sizes or (allreduce.QUICK_SIZES if options.quick else allreduce.SIZES)
         return allreduce.run(rounds, screen, sizes)
@@ -118,6 +133,11 @@ def parser() -> argparse.ArgumentParser:
             parents=[common],
             formatter_class=form,
         )
+        if name == "faults":
+            bench.add_argument(
+                "--trials", type=_positive, metavar="N", help="faults, their kinds in turn; default 10 of each"
+            )
+            bench.add_argument("--seed", type=int, default=0, help="of their moments; default %(default)s")
         if name == "allreduce":
             bench.add_argument(
                 "--sizes",

@@ -60,7 +60,8 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
 
 def _tell(venue: Venue) -> None:
     here, _ = place_of(sys._getframe())
-    print(f"minidp: at {venue.loop.now:g} s: {venue.where_all_are(here)}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"minidp: at {venue.loop.now:g} s: {venue.where_all_are(here)}\n")
+    sys.stderr.flush()
 
 
 @contextmanager

@@ -71,6 +71,8 @@ class Content(NamedTuple):
 def write(folder: Path, content: Content, keep: int) -> Path:
     """Write the checkpoint of ``facts["updates"]``; then delete all but the ``keep`` newest. May raise OSError."""
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".update-*.part"):  # of a rank that was killed while it wrote
+        unfinished.unlink(missing_ok=True)
     path = folder / f"update-{content.facts['updates']:08d}.safetensors"
     facts = json.dumps(content.facts, sort_keys=True)
     save_file(content.arrays, path, {_FACTS: facts, "checksum": _checksum(content.arrays, facts)})
