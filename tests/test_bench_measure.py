@@ -168,7 +168,7 @@ def test_sizes(text: str, nbytes: int) -> None:
         (["allreduce", "--sizes", "0"], "'0' is not a size"),
         (["step", "--pairs", "0"], "'0' is not a number of rounds: give 1 or more"),
         (["step", "--burst", "-1"], "'-1' is not a length of a burst"),
-        (["race"], "'?allreduce'?, '?step'?, '?scaling'?, '?startup'?, '?virtual'?"),
+        (["race"], "'?allreduce'?, '?step'?, '?scaling'?, '?startup'?, '?micro-shards'?"),
         ([], "required"),
     ],
 )

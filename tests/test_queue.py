@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -117,7 +118,14 @@ def test_who_waits_where_in_one_sentence(arena: Arena, board: Board) -> None:
     wait = Wait(7, 2, 4096, 5, "all_reduce #412")
     for rank in (3, 0, 1):
         board.wait(rank, wait)
-    assert other.where_all_are() == "ranks 0, 1, 3 wait in all_reduce #412; rank 2 computes"
+    assert other.where_all_are() == "rank 2 computes; ranks 0, 1, 3 wait in all_reduce #412"
+    now = time.monotonic_ns()
+    other.seen(2, "forward, layer 3 (conv2)", now - 1_200_000_000, now)
+    assert (
+        other.where_all_are() == "rank 2: forward, layer 3 (conv2), 1.2 s; ranks 0, 1, 3 wait in all_reduce #412"
+    )
+    other.seen(2, "forward, layer 3 (conv2)", now - 9_000_000_000, now - 4_000_000_000)
+    assert other.whereabouts(2) == "forward, layer 3 (conv2), last seen 4.0 s ago"
     assert not other.all_wait_or_returned()
     board.returned(2)
     assert other.where_all_are() == "rank 2 returned; ranks 0, 1, 3 wait in all_reduce #412"
