@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import minidp
 from minidp import data, nn, optim, parallel
 from minidp.comm import comm_self
 from minidp.nn import functional as F
-from minidp.parallel import DamagedCheckpoint, checkpoint
+from minidp.parallel import DamagedCheckpoint, checkpoint, checkpoint_files
 from tests.test_data_parallel import same_bits
 from tests.told import told
 
@@ -110,7 +114,7 @@ def found_in(path: Path) -> tuple[int]:
 @pytest.mark.parametrize("world", WORLDS)
 def test_resumed_is_uninterrupted_at_every_update(world: str, kind: str, rule: str, tmp_path: Path) -> None:
     uninterrupted = minidp.spawn(saves, 2, tmp_path, rule, kind, {}, world=world)[0]
-    paths = checkpoint.files(tmp_path)
+    paths = checkpoint_files.files(tmp_path)
     assert [found_in(path)[0] for path in paths] == list(range(STEPS, 0, -1))
     for path in paths if world == "virtual" else paths[::4]:
         for resumed in minidp.spawn(resumes, 2, path, rule, kind, {}, world=world):
@@ -189,7 +193,7 @@ def test_a_damaged_file_is_passed_over_and_it_is_said(
 ) -> None:
     strategy = build(comm_self())
     go_on(strategy, 3, tmp_path)
-    newest, before, *_ = checkpoint.files(tmp_path)
+    newest, before, *_ = checkpoint_files.files(tmp_path)
     content = newest.read_bytes()
     newest.write_bytes(DAMAGES[damage](content))
     assert newest.read_bytes() != content
@@ -207,7 +211,7 @@ def test_a_damaged_file_is_passed_over_and_it_is_said(
 def test_if_all_are_damaged_nothing_changes(tmp_path: Path) -> None:
     strategy = build(comm_self())
     go_on(strategy, 2, tmp_path)
-    for path in checkpoint.files(tmp_path):
+    for path in reversed(checkpoint_files.files(tmp_path)):  # so that the newest stays that
         path.write_bytes(path.read_bytes()[:-1])
     before = everything(strategy)
     with pytest.raises(DamagedCheckpoint, match=r"update-00000002.*; .*update-00000001"):
@@ -234,6 +238,11 @@ def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.M
     assert strategy.save(tmp_path).name == "update-00000003.safetensors"
 
 
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
 def fails_everywhere(comm: Any, folder: Path) -> list[str]:
     """Of errors that rank 0 alone could have met, all ranks hear; then they go on together."""
     strategy = build(comm)
@@ -255,6 +264,8 @@ def fails_everywhere(comm: Any, folder: Path) -> list[str]:
         told(lambda: build(comm, "momentum").load(path)),
         told(lambda: build(comm, "plain").load(path)),
         told(lambda: strategy.load(path, generators={"g": np.random.default_rng()})),
+        told(lambda: strategy.save(folder, position=5)),
+        told(lambda: strategy.save(folder, extra=Unpicklable())),
     ]
     model = nn.Linear(6, 3)
     other = parallel.DataParallel(model, optim.Adam(model.parameters()), comm)
@@ -275,18 +286,16 @@ def test_errors_reach_all_ranks_and_say_what_to_do(world: str, tmp_path: Path) -
         "TypeError: Object of type set is not JSON serializable",
         "ValueError: keep=0",
         "RuntimeError: save in the middle of a step",
-        "ValueError: the checkpoint, of Adam(",
-        "nothing",  # plain SGD needs no state
+        "ValueError: the checkpoint is of Adam with the state",
+        "ValueError: the checkpoint is of Adam with the state ['exp_avg', 'exp_avg_sq'], the strategy has SGD",
         "ValueError: the checkpoint holds no generator 'g' (PCG64); it holds none",
+        "ValueError: position=5: give (epoch, step), as loader.position does",
+        "TypeError: Object of type Unpicklable is not JSON serializable",
         "ValueError: this state does not fit the model: missing weight",
     )
     assert len(first) == len(starts)
     for text, start in zip(first, starts):
         assert text.startswith(start), text
-    assert (
-        "has no momentum_buffer of first.weight (12, 6): load it into the model and the kind of optimizer"
-        in first[6]
-    )
 
 
 def test_what_bits_depend_on_is_recorded_and_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -308,3 +317,114 @@ def test_position_of_a_loader() -> None:
     assert [loader.position(n) for n in (0, 7, 8, 20)] == [(0, 0), (0, 7), (1, 0), (2, 4)]
     with pytest.raises(ValueError, match="batches must be at least 0"):
         loader.position(-1)
+
+
+# --- odd ones ---------------------------------------------------------------------------------------------------
+
+
+def test_nan_comes_back(tmp_path: Path) -> None:
+    model = Noisy().initialize(0)
+    model.first.weight.data[0, 0] = np.nan
+    strategy = parallel.DataParallel(model, RULES["adam"](model.parameters()), comm_self(), check_finite=False)
+    strategy.load(strategy.save(tmp_path))
+    strategy.load_state_dict(strategy.state_dict())
+    assert np.isnan(model.first.weight.data[0, 0])
+
+
+def test_a_run_that_has_gone_back_goes_on_from_what_it_wrote_last(tmp_path: Path) -> None:
+    """Files of the branch that was given up have larger numbers."""
+    strategy = build(comm_self())
+    for _ in range(6):
+        strategy.step()
+        strategy.save(tmp_path, keep=10)
+        time.sleep(0.02)  # clocks of file systems are coarse
+    strategy.load(tmp_path / "update-00000002.safetensors")
+    for _ in range(2):
+        strategy.step()
+        strategy.save(tmp_path, keep=3)
+        time.sleep(0.02)
+    assert strategy.load(tmp_path).updates == 4
+    assert [checkpoint_files.updates_of(path) for path in checkpoint_files.files(tmp_path)] == [4, 3, 6]
+
+
+def test_other_dtypes_are_told(tmp_path: Path) -> None:
+    path = build(comm_self()).save(tmp_path)
+    model = Noisy().initialize(0)
+    strategy = parallel.DataParallel(model, RULES["adam"](model.parameters()), comm_self())
+    before = everything(strategy)
+    with pytest.raises(
+        ValueError, match=r'is float64 in the checkpoint, and float32 .* model.astype\("float64"\)'
+    ):
+        strategy.load(path)
+    assert same_bits(everything(strategy), before)
+
+
+def test_arrays_of_another_byte_order_are_saved_as_numbers(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("big", np.array([1.0, 2.0], ">f8"))
+    strategy = parallel.DataParallel(model, RULES["plain"](model.parameters()), comm_self())
+    path = strategy.save(tmp_path)
+    assert checkpoint_files.read_one(path).arrays["model.big"].tolist() == [1.0, 2.0]
+
+
+def test_a_file_that_can_not_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = build(comm_self())
+    go_on(strategy, 2, tmp_path)
+    newest, before = checkpoint_files.files(tmp_path)
+    (tmp_path / "update-00000009.safetensors").mkdir()  # whatever that is
+    read = checkpoint_files.read_file
+
+    def bad_sector(path: Path) -> Any:
+        if path == newest:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_files, "read_file", bad_sector)
+    found = strategy.load(tmp_path)
+    assert found.path == before
+    assert "can't be read" in found.damaged[0]
+    with pytest.raises(OSError, match="Input/output error"):
+        strategy.load(newest)
+
+
+def one_rank_has_other_generators(comm: Any, folder: Path) -> str:
+    strategy = build(comm)
+    strategy.save(folder, generators={"g": np.random.default_rng(0)})
+    odd: Any = np.random.Generator(np.random.MT19937(0))
+    strategy.step()
+    before = everything(strategy)
+    said = told(lambda: strategy.load(folder, generators={"g": odd if comm.rank else np.random.default_rng(0)}))
+    assert same_bits(everything(strategy), before)
+    return said
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_fits_on_one_rank_only_is_loaded_by_none(world: str, tmp_path: Path) -> None:
+    for said in minidp.spawn(one_rank_has_other_generators, 2, tmp_path, world=world):
+        assert said.startswith("ValueError: the checkpoint holds no generator 'g' (MT19937); it holds g (PCG64)")
+
+
+def test_unfinished_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    host = os.uname().nodename.replace(".", "_")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, living = (tmp_path / f".update-1.safetensors.{host}-{pid}.x_1.part" for pid in (ended.pid, os.getpid()))
+    elsewhere = tmp_path / f".update-1.safetensors.other{host}-{ended.pid}.x_1.part"
+    for path in (dead, living, elsewhere):
+        path.touch()
+    build(comm_self()).save(tmp_path)
+    assert [path.exists() for path in (dead, living, elsewhere)] == [False, True, True]
+
+
+def test_a_released_strategy_lets_the_model_alone(tmp_path: Path) -> None:
+    model = Noisy().initialize(0)
+    first = parallel.DataParallel(model, RULES["adam"](model.parameters()), comm_self(), micro_shards=4)
+    path = first.save(tmp_path)
+    first.release()
+    second = parallel.DataParallel(model, RULES["adam"](model.parameters()), comm_self())
+    for call in (first.discard, lambda: first.load(path), lambda: first.load_state_dict(second.state_dict())):
+        assert "the strategy has been released" in told(call)
+    before = everything(second)
+    second.forward_backward(*samples()[:8], F.cross_entropy)
+    second.step()
+    assert not same_bits(everything(second), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import minidp
 from minidp.bench import cli, faults
 from minidp.bench.fault_report import FaultReport, Trial, Trials
 from minidp.bench.injector import MOMENTS, STEPS, Fault
+from minidp.parallel import checkpoint_files
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -79,6 +81,54 @@ def test_a_torn_step_is_seen() -> None:
     assert any("holds a torn step" in problem for problem in found)
     assert "the next run differs" in found
     assert "it changed the result" in look("slow", wrong)
+
+
+def test_a_torn_or_lost_checkpoint_is_seen(tmp_path: Path) -> None:
+    minidp.spawn(faults.program, faults.RANKS, None, tmp_path, progress=False)
+    assert faults._torn(tmp_path, states(), STEPS) == []
+    newest, *_ = checkpoint_files.files(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (problem, *_) = faults._torn(tmp_path, states(), STEPS)
+    assert problem.startswith("a checkpoint is torn")
+    newest.unlink()
+    assert "resumed 2 steps before the end, not 0, or with other bits" in faults._torn(tmp_path, states(), STEPS)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (problem,) = faults._torn(tmp_path, states(), STEPS)
+    assert problem.startswith("nothing can be resumed")
+
+
+def test_a_file_that_is_written_in_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the matrix is for: without a temporary file and its renaming, a kill leaves half a checkpoint."""
+    fault = Fault("kill", "save", 4, 0)
+    monkeypatch.setattr(faults, "draw", lambda kind, rng: fault)
+    monkeypatch.setattr(faults, "program", in_place)
+    assert any("a checkpoint is torn" in problem for problem in look("kill", states()))
+
+
+def in_place(comm: Any, fault: Fault | None, folder: Path, resume: bool = False) -> list[str]:
+    from minidp.bench import injector
+    from minidp.parallel import checkpoint_files as room
+
+    def save_file(arrays: Any, path: Path, metadata: Any) -> None:
+        import safetensors.numpy
+
+        data = safetensors.numpy.save(arrays, metadata)
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            os.fsync(file.fileno())
+            file.write(data[len(data) // 2 :])
+
+    room.save_file = save_file  # in this worker, which ends with the run
+    return injector.program(comm, fault, folder, resume)
+
+
+def test_a_survivor_that_is_not_told_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = faults._diary
+    monkeypatch.setattr(faults, "_diary", lambda folder, rank: [e for e in read(folder, rank) if "told" not in e])
+    for kind in ("kill", "nan", "order"):
+        assert any("was not told" in problem for problem in look(kind, states()))
 
 
 def test_a_fault_that_does_not_strike_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

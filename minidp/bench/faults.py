@@ -27,7 +27,7 @@ import minidp
 from minidp.bench.fault_report import Trial, Trials
 from minidp.bench.injector import MOMENTS, SAVE_EVERY, STEPS, Fault, program
 from minidp.bench.leftovers import VARIABLE, children, descriptors, gone_within, segments
-from minidp.parallel import checkpoint
+from minidp.parallel import checkpoint_files
 
 RANKS, TIMEOUT_S = 3, 20.0
 PARENT = {
@@ -66,13 +66,15 @@ def trial_of(kind: str, rng: np.random.Generator, states: list[str]) -> Trial:
     before = children(), segments(), descriptors()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        last: int | None = None
         if kind in PARENT:
             trial = _parent_ends(kind, rng, folder)
         elif kind == "truncate":
-            trial = _truncated(rng, folder, states)
+            trial, last = _truncated(rng, folder), STEPS - SAVE_EVERY
         else:
-            trial = _struck(draw(kind, rng), folder, states)
-        trial.problems += _torn(folder, states)
+            fault = draw(kind, rng)
+            trial, last = _struck(fault, folder, states), _last_saved(fault)
+        trial.problems += _torn(folder, states, last)
         trial.problems += [f"{path.name} was left" for path in folder.iterdir() if path.name.startswith(".")]
     deadline = time.monotonic() + 2
     while children() - before[0] and time.monotonic() < deadline:
@@ -116,7 +118,7 @@ def _struck(fault: Fault, folder: Path, states: list[str]) -> Trial:
     if strikes:
         told = [entry["time"] for entries in diaries.values() for entry in entries if "told" in entry]
         trial.noticed_s = min([ended, *told]) - strikes[0]["time"]
-    trial.problems += _misnamed(fault, error)
+    trial.problems += [*_misnamed(fault, error), *_not_told(fault, diaries)]
     for rank, entries in diaries.items():
         for entry in entries:
             if "told" in entry and states[entry["updates"]] != entry["state"]:
@@ -160,25 +162,55 @@ def _diary(folder: Path, rank: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _torn(folder: Path, states: list[str]) -> list[str]:
-    """The newest checkpoint, if there is one, must be that of its step; and the folder can be used again."""
+def _torn(folder: Path, states: list[str], last: int | None) -> list[str]:
+    """All checkpoints must be whole, the newest that of update ``last`` (None: of any); and others can go on.
+
+    A file that is cut on purpose is passed over: ``last`` is then that of the one before.
+    """
     problems = []
-    if checkpoint.files(folder):
-        hashes = minidp.spawn(program, RANKS, None, folder, True, progress=False)[0]
-        if hashes != states[-len(hashes) :]:
-            problems.append("what was resumed differs: the newest checkpoint is torn")
+    for path in checkpoint_files.files(folder):
+        try:
+            checkpoint_files.read_one(path)
+        except ValueError as error:
+            if checkpoint_files.updates_of(path) != STEPS or last != STEPS - SAVE_EVERY:  # not cut by us
+                problems.append(f"a checkpoint is torn: {error}")
+    if last or (last is None and checkpoint_files.files(folder)):
+        try:
+            hashes = minidp.spawn(program, RANKS, None, folder, True, progress=False)[0]
+        except minidp.RankFailed as error:
+            return [*problems, f"nothing can be resumed: {error}"]
+        made = len(hashes) - 1
+        if hashes != states[STEPS - made :] or (last is not None and STEPS - made != last):
+            problems.append(f"resumed {made} steps before the end, not {STEPS - (last or 0)}, or with other bits")
     if minidp.spawn(program, RANKS, None, folder, progress=False)[0] != states:
         problems.append("the next run differs")
     return problems
 
 
+def _last_saved(fault: Fault) -> int:
+    """The update of the newest checkpoint when that fault has struck; 0 if there is none."""
+    if fault.kind in HARMLESS:
+        return STEPS
+    before = fault.step - 1 if fault.moment == "save" else fault.step
+    return before // SAVE_EVERY * SAVE_EVERY
+
+
+def _not_told(fault: Fault, diaries: dict[int, list[dict[str, Any]]]) -> list[str]:
+    """Every survivor must have heard of it, unless it is rank 0's own error, which all raise as theirs."""
+    if fault.kind in HARMLESS or (fault.kind == "raise" and fault.moment == "save" and fault.rank == 0):
+        return []
+    survivors = set(range(RANKS)) - {fault.rank}
+    silent = [rank for rank in sorted(survivors) if not any("told" in entry for entry in diaries[rank])]
+    return [f"rank {rank} was not told" for rank in silent]
+
+
 # --- a file, the parent -----------------------------------------------------------------------------------------
 
 
-def _truncated(rng: np.random.Generator, folder: Path, states: list[str]) -> Trial:
+def _truncated(rng: np.random.Generator, folder: Path) -> Trial:
     """The newest checkpoint loses its end; `_torn` goes on from the one before."""
     minidp.spawn(program, RANKS, None, folder, progress=False)
-    newest = checkpoint.files(folder)[0]
+    newest = checkpoint_files.files(folder)[0]
     size = int(rng.integers(0, newest.stat().st_size))
     os.truncate(newest, size)
     return Trial(f"truncate@{newest.name}:{size}", struck=newest.stat().st_size == size)

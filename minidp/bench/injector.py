@@ -39,7 +39,7 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     "slow": (*INSIDE, "save", "metrics"),
     "memory": INSIDE,
     "nan": ("backward",),
-    "bit": ("verify",),
+    "bit": ("metrics", "verify"),
     "return": ("forward", "metrics"),
     "order": ("metrics",),
     "shape": ("metrics",),
@@ -47,7 +47,7 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     "op": ("metrics",),
     "disk": ("save",),
 }
-"""What there is, and when it may happen. ``bit``: between a gradient's checksum and its use."""
+"""What there is, and when it may happen. ``verify``: when the ranks compare what gradients have become."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,19 @@ class Injector:
     def __init__(self, fault: Fault | None, rank: int, diary: Callable[..., None]) -> None:
         self._fault = fault if fault is not None and fault.rank == rank else None
         self._diary = diary
-        self.updates: Callable[[], int] = lambda: -1
+        self.strategy: Any = None
+        """That it may look into, and change."""
 
     def at(self, moment: str, *things: Any) -> None:
         """This is ``moment``; the fault's, perhaps."""
         fault = self._fault
-        if fault is not None and fault.moment == moment and fault.step == self.updates():
+        if fault is not None and fault.moment == moment and fault.step == self.strategy.updates:
             self._fault = None  # once
             self._diary(fault=str(fault), pid=os.getpid())
-            _STRIKE[fault.kind](*things)
+            if fault.kind == "bit":
+                _bit(self.strategy)
+            else:
+                _STRIKE[fault.kind](*things)
 
 
 def _raise(*_: Any) -> None:
@@ -123,7 +127,7 @@ def _nan(parameter: nn.Parameter, *_: Any) -> None:
     parameter.grad.numpy()[...] = np.nan  # type: ignore[union-attr]
 
 
-def _bit(strategy: Any, *_: Any) -> None:
+def _bit(strategy: Any) -> None:
     rng = np.random.default_rng(strategy.updates)
     mine = strategy._own.view(np.uint8)
     mine[rng.integers(mine.size)] ^= 1 << int(rng.integers(8))
@@ -165,7 +169,6 @@ _STRIKE: dict[str, Callable[..., None]] = {
     "slow": _slow,
     "memory": _memory,
     "nan": _nan,
-    "bit": _bit,
     "return": _return,
     "order": _order,
     "shape": _shape,
@@ -233,18 +236,18 @@ def program(comm: Communicator, fault: Fault | None, folder: Path, resume: bool 
 def _arm(strategy: Any, injector: Injector) -> None:
     """Let the strategy pass the injector at each moment, on this rank."""
 
-    def passing(moment: str, function: Callable[..., Any], *things: Any) -> Callable[..., Any]:
+    def passing(moment: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
-            injector.at(moment, *things)
+            injector.at(moment)
             return function(*args, **options)
 
         return wrapped
 
-    injector.updates = lambda: strategy.updates
+    injector.strategy = strategy
     strategy._reduce = passing("reduce", strategy._reduce)
     strategy._update = passing("update", strategy._update)
     strategy._slabs.flip = passing("flip", strategy._slabs.flip)
-    strategy._verify = passing("verify", strategy._verify, strategy)
+    strategy._verify = passing("verify", strategy._verify)
     first = next(iter(strategy.model.parameters()))
     first.register_post_accumulate_grad_hook(lambda parameter: injector.at("backward", parameter))
     if strategy.comm.rank == 0:  # who writes; this process is a worker, and ends with the run

@@ -202,7 +202,7 @@ class Board:
         return name_places(places)
 
     def _write(self, start: int, text: str, limit: int) -> int:
-        data = text.encode()[:limit]
+        data = text.encode(errors="replace")[:limit]
         self._view[start : start + len(data)] = data
         return len(data)
 

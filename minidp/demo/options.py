@@ -10,7 +10,7 @@ from typing import Any
 
 from minidp.demo.train import OPTIMIZERS, TRAIN_SAMPLES
 from minidp.launch import cores
-from minidp.parallel.checkpoint import files, updates_of
+from minidp.parallel.checkpoint_files import files, updates_of
 from minidp.parallel.micro_shards import leaves_of
 from minidp.sim import Cluster
 from minidp.sim.topology import NAMES

@@ -23,6 +23,7 @@ from minidp.comm.world import reserve_world
 from minidp.launch import blas, interrupts, supervise, worker
 from minidp.launch.logs import RankHandler
 from minidp.launch.progress import Display, wanted
+from minidp.launch.whereabouts import telling
 from minidp.sim import Cluster
 
 T = TypeVar("T")
@@ -78,6 +79,19 @@ def spawn(
         from minidp.launch.virtual import run  # late: the process world needs nothing of it
 
         return run(function, world_size, cluster, float(timeout_s))
+    asked: list[bool] = []
+    with telling(lambda: asked.append(True)):
+        return _in_processes(function, world_size, blas_threads, timeout_s, progress, asked)
+
+
+def _in_processes(
+    function: bytes,
+    world_size: int,
+    blas_threads: int | None,
+    timeout_s: float,
+    progress: bool | None,
+    asked: list[bool],
+) -> list[Any]:
     threads = blas.threads_per_rank(world_size, blas_threads)
     surroundings = worker.Surroundings.here(threads)
     title = (
@@ -96,7 +110,7 @@ def spawn(
             for rank in range(world_size):
                 job = worker.Job(rank, world_size, timeout_s, arena, function, surroundings, os.getpid())
                 workers.append(_start(context, job, display))
-        return supervise.run(workers, board, display)
+        return supervise.run(workers, board, display, asked)
     finally:
         with interrupts.held():
             display.close()

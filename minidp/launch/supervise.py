@@ -20,7 +20,6 @@ from minidp.comm.board import Board
 from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed, RankMismatch, RankTimeout
 from minidp.launch.logs import RankHandler
 from minidp.launch.progress import REFRESH_S, Display
-from minidp.launch.whereabouts import telling
 from minidp.launch.worker import LAST
 
 GRACE_S = 0.1  # for a rank that computes on and has not heard of the failure
@@ -56,14 +55,11 @@ class Worker:
             self.process.close()
 
 
-def run(workers: list[Worker], board: Board, display: Display) -> list[Any]:
-    """Wait until all have returned, and give what they returned, by rank; RankFailed for the first failure."""
-    asked: list[bool] = []
-    with telling(lambda: asked.append(True)):
-        return _run(workers, board, display, asked)
+def run(workers: list[Worker], board: Board, display: Display, asked: list[bool]) -> list[Any]:
+    """Wait until all have returned, and give what they returned, by rank; RankFailed for the first failure.
 
-
-def _run(workers: list[Worker], board: Board, display: Display, asked: list[bool]) -> list[Any]:
+    Whenever ``asked`` is not empty it says where all are.
+    """
     failure: Exception | None = None
     deadline = tidy_deadline = float("inf")
     while not all(worker.gone or (worker.outcome and failure is None) for worker in workers):

@@ -51,16 +51,18 @@ class Sampler(threading.Thread):
 
     def run(self) -> None:
         main = threading.main_thread().ident
-        last, since = None, 0
+        last, since = "", 0
         while not self._over.wait(self._every_s):
             frame = sys._current_frames().get(main)  # type: ignore[arg-type]
             if frame is None:
                 return
-            text, key = place_of(frame)
-            del frame  # it holds the rank's arrays
+            text, stay = "at an unknown place", None
+            with contextlib.suppress(Exception):  # it is the user's program, and may be anything
+                text, stay = place_of(frame)
             now = time.monotonic_ns()
-            if key != last:
-                last, since = key, now
+            if text != last or not _seen_before(stay):
+                last, since = text, now
+            del frame, stay  # they hold the rank's arrays
             self._board.seen(self._rank, text, since, now)
 
     def stop(self) -> None:
@@ -68,36 +70,43 @@ class Sampler(threading.Thread):
         self.join()
 
 
-def place_of(frame: FrameType | None) -> tuple[str, tuple[Any, ...]]:
-    """Where code is whose innermost frame this is: in words, and a key that is another one when it has gone on."""
-    innermost, user, module, node, outermost = frame, None, None, None, None
+def _seen_before(frame: FrameType | None) -> bool:
+    """Whether this very call of a function has been seen; it is marked, which matters to debuggers only."""
+    if frame is None or frame.f_trace_opcodes:
+        return True
+    frame.f_trace_opcodes = True
+    return False
+
+
+def place_of(frame: FrameType | None) -> tuple[str, FrameType | None]:
+    """Where code is whose innermost frame this is: in words, and the frame that lives as long as this stay."""
+    stay, user, module, node, outermost = frame, None, None, None, None
     phase, strategy = "", None
     while frame is not None:
         code = frame.f_code
-        where = frame.f_globals.get("__name__", ""), code.co_qualname
+        where = str(frame.f_globals.get("__name__")), code.co_qualname
         if where == _CALL:
             outermost = frame.f_locals.get("self")
             module = module or outermost
+            stay = frame if not phase else stay
         elif where == _ENGINE and node is None:
             node = frame.f_locals.get("fn")
         elif not phase and where in _PHASES:
             phase, strategy = _PHASES[where], frame.f_locals.get("self") or frame.f_locals.get("strategy")
-            innermost = frame
+            stay = frame
         if user is None and not _is_library(code.co_filename):
             user = frame
         frame = frame.f_back
     if not phase and module is not None:
         phase = "forward"
     if not phase:
-        user = user or innermost
+        user = user or stay
         if user is None:
-            return "at an unknown place", ()
-        text = f"{os.path.basename(user.f_code.co_filename)}:{user.f_lineno} in {user.f_code.co_name}"
-        return text, (text, id(user))
+            return "at an unknown place", None
+        return f"{os.path.basename(user.f_code.co_filename)}:{user.f_lineno} in {user.f_code.co_name}", user
     model = getattr(strategy, "model", outermost)
     layer = module if phase == "forward" else _layer_of(model, node) if phase == "backward" else None
-    text = phase + _named(model, layer)
-    return text, (text, id(innermost), getattr(strategy, "updates", 0), getattr(strategy, "_backwards", 0))
+    return phase + _named(model, layer), stay
 
 
 def _named(model: Any, layer: Any) -> str:

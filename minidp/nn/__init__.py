@@ -2,7 +2,7 @@
 
 from minidp.nn import functional
 from minidp.nn.dropout import Dropout, DropoutScope, dropout_scope
-from minidp.nn.files import load_file, read_file, save_file
+from minidp.nn.files import load_file, read_file, remove_unfinished, save_file
 from minidp.nn.layers import GELU, Flatten, Identity, Linear, ReLU, Sequential, Tanh
 from minidp.nn.layout import Layout, Segment
 from minidp.nn.module import Module
@@ -26,5 +26,6 @@ __all__ = [
     "functional",
     "load_file",
     "read_file",
+    "remove_unfinished",
     "save_file",
 ]

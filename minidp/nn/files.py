@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from minidp.autograd import Tensor
 from minidp.backend import array_types, to_numpy
+
+_PART = ".part"
 
 
 def save_file(
@@ -33,7 +36,9 @@ def save_file(
             raise TypeError(f"{name} holds Python objects: files hold numbers; convert it by .astype first")
         arrays[name] = np.array(array, order="C")  # safetensors writes the buffer as it lies
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.{_writer(os.getpid())}.", suffix=_PART
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(save(arrays, dict(metadata) if metadata is not None else None))
@@ -72,6 +77,36 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}): copy it again or save it anew"
         ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what `save_file` has begun here and not ended, in processes of this machine that are no more."""
+    for path in folder.glob(f".*{_PART}"):
+        writer = re.search(r"\.([^.]*)-(\d+)\.[^.]*" + re.escape(_PART) + "$", path.name)
+        if (
+            writer is not None
+            and _writer(int(writer[2])) == f"{writer[1]}-{writer[2]}"
+            and not _alive(int(writer[2]))
+        ):
+            path.unlink(missing_ok=True)
+
+
+def _writer(pid: int) -> str:
+    return f"{os.uname().nodename.replace('.', '_')}-{pid}"
+
+
+def _alive(pid: int) -> bool:
+    """Whether there is such a process, other than one that has ended and waits to be noticed (Linux)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return not Path("/proc/self").exists()  # gone just now, or a system without /proc
 
 
 def _sync_folder(folder: Path) -> None:

@@ -255,6 +255,12 @@ def _targets(module: Module) -> dict[str, Array]:
     return targets
 
 
+def _equal(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same; NaN is as good as NaN."""
+    same = a == b
+    return bool((same | ((a != a) & (b != b))).all())
+
+
 def checked_state(module: Module, state: Mapping[str, Any]) -> dict[str, Array]:
     """Return `state` as arrays of the module's dtypes; ValueError lists everything that does not fit."""
     targets = _targets(module)
@@ -274,7 +280,7 @@ def checked_state(module: Module, state: Mapping[str, Any]) -> dict[str, Array]:
             continue
         values[name] = asarray(given, array_module(target), target.dtype)
         other = first.setdefault(id(target), name)
-        if other in values and not (values[other] == values[name]).all():
+        if other != name and other in values and not _equal(values[other], values[name]):
             problems.append(f"{other} and {name} are tied, but their values differ")
     if problems:
         raise ValueError("this state does not fit the model: " + "; ".join(problems))

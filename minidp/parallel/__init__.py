@@ -1,7 +1,8 @@
 """The strategies: the only room where learning meets communication."""
 
 from minidp.parallel.balance import measure_speeds
-from minidp.parallel.checkpoint import Checkpoint, DamagedCheckpoint
+from minidp.parallel.checkpoint import Checkpoint
+from minidp.parallel.checkpoint_files import DamagedCheckpoint
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.naive import NaiveDataParallel

@@ -1,45 +1,33 @@
-"""Checkpoints: all that a training goes on from, in one file, of which a folder keeps several.
+"""Checkpoints: all that a training goes on from. What is in them, and how it comes back.
 
-    update-00000300.safetensors     model.<name>, <slot>.<name> of the optimizer; in its header facts, a checksum
-
-A file appears whole or not at all: it is written beside its place, flushed to the disk, then renamed. What is
-damaged afterwards is found by the checksum, and the file before it is used. Nothing in a file depends on how many
-ranks wrote it. minidp's random numbers need no state: they are functions of seed and update (`backend.generator`).
-Generators of the user's own can be given.
+Nothing in one depends on how many ranks wrote it. minidp's random numbers need no state: they are functions of
+seed and update (`backend.generator`). Generators of the user's own can be given. The files: `checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import operator
+import pickle
 import platform
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import threadpoolctl
 
 from minidp.comm import Communicator
-from minidp.nn import read_file, save_file
+from minidp.comm.errors import in_words
 from minidp.nn.module import checked_state
+from minidp.parallel.checkpoint_files import FORMAT, Arrays, Content, read, write
 
 if TYPE_CHECKING:
     from minidp.parallel.strategy import Strategy
 
-Arrays = dict[str, np.ndarray]
-FORMAT = 1
-_FACTS = "minidp"
-_NAME = re.compile(r"update-(\d+)\.safetensors")
 _log = logging.getLogger("minidp.parallel")
-
-
-class DamagedCheckpoint(ValueError):
-    """No file of the folder, or not the one that was asked for, is as it was written."""
 
 
 @dataclass(frozen=True)
@@ -61,86 +49,6 @@ class Checkpoint:
     damaged: tuple[str, ...]
 
 
-class Content(NamedTuple):
-    """Of a file: arrays by name, and facts (JSON)."""
-
-    arrays: Arrays
-    facts: dict[str, Any]
-
-
-def write(folder: Path, content: Content, keep: int) -> Path:
-    """Write the checkpoint of ``facts["updates"]``; then delete all but the ``keep`` newest. May raise OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".update-*.part"):  # of a rank that was killed while it wrote
-        unfinished.unlink(missing_ok=True)
-    path = folder / f"update-{content.facts['updates']:08d}.safetensors"
-    facts = json.dumps(content.facts, sort_keys=True)
-    save_file(content.arrays, path, {_FACTS: facts, "checksum": _checksum(content.arrays, facts)})
-    for old in files(folder)[keep:]:
-        if old != path:
-            old.unlink(missing_ok=True)
-    return path
-
-
-def files(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the one of the most updates first."""
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=updates_of, reverse=True)
-
-
-def updates_of(path: Path) -> int:
-    """The updates that had been made, by the name of the file."""
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def read(place: Path) -> tuple[Content, Path, tuple[str, ...]]:
-    """The newest good checkpoint of a folder, or the one file: content, path, and what is wrong with newer ones.
-
-    Raises FileNotFoundError if there is none, DamagedCheckpoint if there is none that is good.
-    """
-    if not place.exists():
-        raise FileNotFoundError(f"no checkpoint: there is no file or folder {place}")
-    candidates = files(place) if place.is_dir() else [place]
-    if not candidates:
-        raise FileNotFoundError(f"no checkpoint in {place}: strategy.save(folder) writes one")
-    damaged: list[str] = []
-    for path in candidates:
-        try:
-            content = _read(path)
-        except (ValueError, FileNotFoundError) as error:  # also of a file that another run has just replaced
-            damaged.append(str(error))
-            continue
-        for problem in damaged:
-            _log.warning("%s; going on from the one before, %s", problem, path.name)
-        return content, path, tuple(damaged)
-    raise DamagedCheckpoint("; ".join(damaged))
-
-
-def _read(path: Path) -> Content:
-    arrays, header = read_file(path)
-    facts = header.get(_FACTS)
-    if facts is None:
-        raise DamagedCheckpoint(f"{path} is no checkpoint: its header lacks {_FACTS!r}")
-    if header.get("checksum") != _checksum(arrays, facts):
-        raise DamagedCheckpoint(f"{path} is damaged: its checksum is not that of its content")
-    parsed: dict[str, Any] = json.loads(facts)
-    if parsed["format"] != FORMAT:
-        raise DamagedCheckpoint(f"{path} has format {parsed['format']}, this version of minidp reads {FORMAT}")
-    return Content(arrays, parsed)
-
-
-def _checksum(arrays: Mapping[str, np.ndarray], facts: str) -> str:
-    digest = blake2b(facts.encode(), digest_size=16)
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-# --- of a strategy ----------------------------------------------------------------------------------------------
-
-
 def save(
     strategy: Strategy,
     folder: Path,
@@ -150,8 +58,6 @@ def save(
     keep: int,
 ) -> Path:
     """See ``Strategy.save``."""
-    if keep < 1:
-        raise ValueError(f"keep={keep}: a folder holds at least the checkpoint that is being written")
     comm = strategy.comm
     if any(comm.all_gather_int(strategy.in_step, "save")):
         raise RuntimeError(
@@ -160,6 +66,8 @@ def save(
     states = comm.all_gather_object(generator_states(generators), "save generators") if generators else []
 
     def written() -> Path:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: a folder holds at least the checkpoint that is being written")
         arrays = {f"model.{name}": array for name, array in strategy.model.state_dict().items()}
         for slot, values in strategy.optimizer_state().items():
             arrays |= {f"{slot}.{name}": array for name, array in values.items()}
@@ -167,14 +75,14 @@ def save(
             "format": FORMAT,
             "updates": strategy.updates,
             "seed": strategy.seed,
-            "position": position,
+            "position": None if position is None else _position(position),
             "extra": extra,
             "generators": states,
-            "strategy": repr(strategy),
-            "optimizer": repr(strategy.optimizer),
+            "optimizer": type(strategy.optimizer).__name__,
+            "slots": list(strategy.optimizer.slots),
             "surroundings": surroundings(),
         }
-        return write(folder, Content(arrays, facts), keep)
+        return write(folder, Content({name: _plain_bytes(name, a) for name, a in arrays.items()}, facts), keep)
 
     path: Path = _at_rank_0(comm, written, "save")
     return path
@@ -186,26 +94,69 @@ def load(strategy: Strategy, place: Path, generators: Mapping[str, np.random.Gen
     content, path, damaged = _at_rank_0(comm, lambda: read(place), "load")
     arrays, facts = content
     states: list[dict[str, Any]] = facts["generators"]
-    if generators and len(states) not in (0, comm.world_size):
-        raise ValueError(
-            f"the checkpoint holds generators of {len(states)} ranks, here are {comm.world_size}: give none, and "
-            "draw from minidp.backend.generator(seed, purpose, update), which needs no state"
-        )
-    model = {name.removeprefix("model."): array for name, array in arrays.items() if name.startswith("model.")}
-    model = checked_state(strategy.model, model)
-    state = {slot: _of_slot(arrays, slot, strategy, facts["optimizer"]) for slot in strategy.optimizer.slots}
-    mine = states[comm.rank] if generators and states else {}
-    check_generators(generators or {}, mine)
+    mine = states[comm.rank] if generators and len(states) == comm.world_size else {}
+    problem, model, state = "", {}, {}
+    try:
+        model = _of_model(arrays, strategy)
+        state = {slot: _of_slot(arrays, slot, strategy, facts) for slot in _slots(strategy, facts)}
+        check_generators(generators or {}, mine, len(states), comm.world_size)
+    except ValueError as error:
+        problem = str(error)
+    # All or none: generators, and what a model's frozen parameters are, may fit on one rank only.
+    for said in comm.all_gather_object(problem, "load check"):
+        if said:
+            raise ValueError(said)
     strategy.restore(model, state, facts["updates"], facts["seed"])
     for name, generator in (generators or {}).items():
         generator.bit_generator.state = mine[name]
     if comm.rank == 0:
         compare_surroundings(facts["surroundings"])
-    position = None if facts["position"] is None else (facts["position"][0], facts["position"][1])
+    position = None if facts["position"] is None else _position(facts["position"])
     return Checkpoint(path, facts["updates"], position, facts["extra"], damaged)
 
 
-def _of_slot(arrays: Arrays, slot: str, strategy: Strategy, optimizer: str) -> Arrays:
+def _position(position: Any) -> tuple[int, int]:
+    """(epoch, step), both whole numbers."""
+    try:
+        epoch, step = map(operator.index, position)
+    except (TypeError, ValueError):
+        raise ValueError(f"position={position!r}: give (epoch, step), as loader.position does") from None
+    return epoch, step
+
+
+def _plain_bytes(name: str, array: np.ndarray) -> np.ndarray:
+    """Of the machine's byte order, as files have it."""
+    if array.dtype.hasobject:
+        raise TypeError(f"{name} holds Python objects: files hold numbers")
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape)
+
+
+def _of_model(arrays: Arrays, strategy: Strategy) -> Arrays:
+    """Parameters and buffers; ValueError unless they have the names, shapes and dtypes of the model's."""
+    model = {name.removeprefix("model."): array for name, array in arrays.items() if name.startswith("model.")}
+    values = checked_state(strategy.model, model)
+    for name, value in values.items():
+        if model[name].dtype != value.dtype:
+            raise ValueError(
+                f"{name} is {model[name].dtype} in the checkpoint, and {value.dtype} in the model: first convert "
+                f'that by model.astype("{model[name].dtype}")'
+            )
+    return values
+
+
+def _slots(strategy: Strategy, facts: dict[str, Any]) -> tuple[str, ...]:
+    """The optimizer's; ValueError if the checkpoint is of another one."""
+    optimizer = strategy.optimizer
+    then, now = (facts["optimizer"], facts["slots"]), (type(optimizer).__name__, list(optimizer.slots))
+    if then != now:
+        raise ValueError(
+            f"the checkpoint is of {then[0]} with the state {then[1]}, the strategy has {now[0]} with {now[1]}: "
+            "load it with the kind of optimizer that it was saved from"
+        )
+    return optimizer.slots
+
+
+def _of_slot(arrays: Arrays, slot: str, strategy: Strategy, facts: dict[str, Any]) -> Arrays:
     """One slot of the optimizer's state, by the names of parameters; ValueError if it is not as it should be."""
     found = {}
     for segment in strategy.layout.segments:
@@ -213,8 +164,8 @@ def _of_slot(arrays: Arrays, slot: str, strategy: Strategy, optimizer: str) -> A
         if array is None or array.shape != segment.shape:
             shape = "no" if array is None else f"shape {array.shape} of"
             raise ValueError(
-                f"the checkpoint, of {optimizer}, has {shape} {slot} of {segment.name} {segment.shape}: load it "
-                f"into the model and the kind of optimizer that it was saved from, not {strategy.optimizer!r}"
+                f"the checkpoint, of {facts['optimizer']}, has {shape} {slot} of {segment.name} {segment.shape}: "
+                "freeze the parameters that were frozen when it was saved, and no others"
             )
         found[segment.name] = array
     return found
@@ -227,11 +178,20 @@ def _at_rank_0(comm: Communicator, function: Callable[[], Any], what: str) -> An
         try:
             outcome = function(), None
         except Exception as error:  # such as a full disk: the others must not wait for what will not come
-            outcome = None, error
+            outcome = None, _portable(error)
     value, problem = comm.broadcast_object(outcome, 0, what)
     if problem is not None:
         raise problem
     return value
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same, if it does not survive the journey."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(in_words(error))
+    return error
 
 
 # --- facts ------------------------------------------------------------------------------------------------------
@@ -270,8 +230,15 @@ def generator_states(generators: Mapping[str, np.random.Generator] | None) -> di
     return {name: _plain(generator.bit_generator.state) for name, generator in (generators or {}).items()}
 
 
-def check_generators(generators: Mapping[str, np.random.Generator], states: Mapping[str, Any]) -> None:
-    """ValueError if ``states`` are of others."""
+def check_generators(
+    generators: Mapping[str, np.random.Generator], states: Mapping[str, Any], saved: int, world_size: int
+) -> None:
+    """ValueError if ``states`` are of others; ``saved``: how many ranks' the checkpoint holds."""
+    if generators and saved not in (0, world_size):
+        raise ValueError(
+            f"the checkpoint holds generators of {saved} ranks, here are {world_size}: give none, and draw from "
+            "minidp.backend.generator(seed, purpose, update), which needs no state"
+        )
     for name, generator in generators.items():
         kind = type(generator.bit_generator).__name__
         if name not in states or states[name]["bit_generator"] != kind:

@@ -31,7 +31,7 @@ from minidp.parallel import norms
 from minidp.parallel.blocks import Block, Trouble, cut_blocks, find_trouble
 from minidp.parallel.buckets import make_buckets, pieces, slices
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
-from minidp.parallel.micro_shards import Leaves, add_in_tree, check_dtype, leaves_of, one_blas_thread
+from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_dtype, leaves_of
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
@@ -86,12 +86,11 @@ class DataParallel(Strategy):
         checksum: bool = False,
     ) -> None:
         self.bucket_cap_mb, self.micro_shards, self.checksum = bucket_cap_mb, micro_shards, checksum
-        self._blas: Any = None
+        self._blas: OneBlasThread | None = None
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         if micro_shards is not None:
             check_dtype(np.dtype(self.layout.dtype))
-            self._blas = one_blas_thread()
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._pieces = pieces(self.layout, 0, self.layout.size)
         self._slabs, self._slices, parts = self._start(comm)
@@ -104,11 +103,14 @@ class DataParallel(Strategy):
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
         self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
         self._scale = 1.0
+        self._sum: int | None = None
         self._troubles: list[Trouble] = []  # of this rank's blocks, in this step
         self._tree: Leaves | None = None
         if leaves > 1:
             self._tree = Leaves(self.layout, self._own, leaves, accumulation_steps)
         self._dropout.rank = self.comm.rank * leaves
+        if micro_shards is not None:
+            self._blas = OneBlasThread()
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
         """Slabs with rank 0's w in them; which slices this rank sums and updates; the gradients to be summed."""
@@ -145,12 +147,13 @@ class DataParallel(Strategy):
     def release(self) -> None:
         super().release()
         if self._blas is not None:
-            self._blas.restore_original_limits()
+            self._blas.let_go()
             self._blas = None
 
     # -- a step ----------------------------------------------------------------------------------------
 
     def _start_gradients(self) -> None:
+        self._sum = None
         if self._tree is None:
             self.layout.clear_written()
         else:
@@ -159,13 +162,32 @@ class DataParallel(Strategy):
 
     def backward(self, loss: Tensor, samples: int) -> None:
         super().backward(loss, samples)
-        if self._tree is None:
-            return
-        if self._backwards < self._most_backwards:
-            self._tree.next()
-            self._dropout.rank = self.comm.rank * self._leaves + self._tree.current
-        else:
-            self._add_leaves()
+        last = self._backwards == self._most_backwards
+        if self._tree is not None:
+            if last:
+                self._add_leaves()
+            else:
+                self._tree.next()
+                self._dropout.rank = self.comm.rank * self._leaves + self._tree.current
+        if self.checksum and last:
+            self._seal()
+
+    def _seal(self) -> int:
+        """The checksum of this rank's gradients, taken when they are complete."""
+        if self._sum is None:
+            self.layout.zero_unwritten(self._own)
+            self._sum = crc32(self._own.data)
+        return self._sum
+
+    def _check_backward(self) -> None:
+        super()._check_backward()
+        if self._blas is not None:
+            self._blas.enforce()
+
+    def discard(self) -> None:
+        if isinstance(self._poison, CorruptGradient):
+            self._own[...] = 0  # what was changed may lie where no gradient is written
+        super().discard()
 
     def _add_leaves(self) -> None:
         """The last micro-shard of the step has come."""
@@ -179,7 +201,7 @@ class DataParallel(Strategy):
         if self._backwards < self._most_backwards:
             self._add_leaves()
         self.layout.zero_unwritten(self._own)
-        mine = crc32(self._own.data) if self.checksum else 0
+        mine = self._seal() if self.checksum else 0
         with trace.span("wait for gradients", "wait"):
             total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
         if self.checksum:

@@ -19,7 +19,8 @@ into V/N each, is its halving into V: the leaves are the same samples for every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
+from weakref import finalize
 
 import numpy as np
 import threadpoolctl
@@ -52,11 +53,39 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
         )
 
 
-def one_blas_thread() -> Any:
-    """Let BLAS run one thread: how it cuts sums over threads changes bits. What undoes it; None if it did so."""
-    if all(library["num_threads"] == 1 for library in threadpoolctl.threadpool_info()):
-        return None
-    return threadpoolctl.threadpool_limits(1, user_api="blas")
+class OneBlasThread:
+    """While anybody in this process holds one, BLAS runs one thread: how it cuts sums over threads changes bits.
+
+    ``enforce`` sees to it again, at 1 µs, since others may set numbers of threads too; the last one that is let go
+    puts back what was last set.
+    """
+
+    _holders: ClassVar[int] = 0
+    _libraries: ClassVar[list[Any]] = []
+    _others: ClassVar[dict[int, int]] = {}  # what others have set, by index of the library
+
+    def __init__(self) -> None:
+        cls = OneBlasThread
+        if not cls._holders:
+            cls._libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+        cls._holders += 1
+        self.enforce()
+        self.let_go = finalize(self, OneBlasThread._let_go)
+
+    def enforce(self) -> None:
+        for i, library in enumerate(self._libraries):
+            threads = library.get_num_threads()
+            if threads != 1:
+                self._others[i] = threads
+                library.set_num_threads(1)
+
+    @classmethod
+    def _let_go(cls) -> None:
+        cls._holders -= 1
+        if not cls._holders:
+            for i, threads in cls._others.items():
+                cls._libraries[i].set_num_threads(threads)
+            cls._others.clear()
 
 
 class Leaves:

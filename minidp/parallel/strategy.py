@@ -77,8 +77,10 @@ class Strategy(ABC):
         self.updates = 0
         self._exchanged = Traffic(parent=self.comm.traffic)
         self._leaves = leaves  # micro-shards that this rank's batch is cut into
+        self._most_backwards = accumulation_steps * leaves  # that make a full step
         self._backwards = self._samples = 0
         self._poison: BaseException | None = None
+        self._released = False
         # This rank's dropout masks, in the caller's own forwards as well: a function of seed, update and rank.
         self._dropout = DropoutScope(seed=self.seed, rank=self.comm.rank)
         for module in model.modules():
@@ -125,7 +127,8 @@ class Strategy(ABC):
         """Add n_i ∇L_i to this rank's gradients: ``loss`` is a mean over ``samples`` items (tokens, for text).
 
         May be called ``accumulation_steps`` times before ``step``. With 0 samples it adds zeros. With
-        ``micro_shards=V`` each call is one micro-shard, V/N make a backward of this rank's batch.
+        ``micro_shards=V`` each call is one micro-shard, V/N make a backward of this rank's batch: forward,
+        backward, forward, backward, as dropout counts them.
         """
         self._check_backward()
         if not isinstance(samples, WHOLE) or samples < 0:
@@ -175,6 +178,7 @@ class Strategy(ABC):
 
     def discard(self) -> None:
         """Forget the gradients of the step that has begun, and a failure in it. Not collective."""
+        self._check_not_released()
         self._poison = None
         self._start_step()
 
@@ -195,6 +199,7 @@ class Strategy(ABC):
 
         The optimizer's state and the number of updates stay. ValueError on all ranks if it does not fit.
         """
+        self._check_not_released()
         self._put(checked_state(self.model, self.comm.broadcast_object(state, 0, "load_state_dict")), None)
         self.discard()
 
@@ -209,11 +214,12 @@ class Strategy(ABC):
     ) -> Path:
         """Write a checkpoint to ``folder``: all that ``load`` needs to go on, bit for bit. Collective; its path.
 
-        Rank 0 writes parameters, buffers, the optimizer's state, the number of updates and the seed of dropout,
-        N-independently; the file appears whole or not at all. All ranks raise what rank 0 met, such as OSError.
+        Rank 0 writes parameters, buffers, the optimizer's state, the number of updates and the seed of dropout.
+        The file appears whole or not at all. All ranks raise what rank 0 met, such as OSError.
 
         Args:
-            position: (epoch, step) of the batch to go on with, where ``loader.position(updates)`` does not tell.
+            position: (epoch, step) of the batch to go on with, where ``loader.position(updates)`` does not tell:
+                if gradients were accumulated, or a batch was discarded.
             extra: whatever ``json`` can write.
             generators: by name, this rank's generators that are to be put back by ``load``.
             keep: this many of the folder's checkpoints stay, the newest ones.
@@ -229,15 +235,12 @@ class Strategy(ABC):
         in the result. A step that has begun is discarded. Cost: rank 0 sends the file's content to all.
 
         Raises, on all ranks: FileNotFoundError, DamagedCheckpoint if none is good, ValueError if it does not fit
-        model or optimizer. Then nothing has changed.
+        model (names, shapes, dtypes) or optimizer (kind, slots). Then nothing has changed.
         """
         return checkpoint.load(self, Path(folder), generators)
 
     def restore(self, model: StateDict, state: Mapping[str, StateDict], updates: int, seed: int) -> None:
-        """Go on from these values, which fit, and are the same on every rank; ``state`` by slot and parameter.
-
-        Collective: all ranks have them afterwards, or none.
-        """
+        """Go on from values that fit, the same on every rank; ``state`` by slot and parameter. Collective."""
         self._put(model, state)
         self.updates, self.seed = updates, seed
         self._dropout.seed = seed
@@ -254,7 +257,12 @@ class Strategy(ABC):
         """
         self.layout.release()
         owners.pop(self.model, None)
+        self._released = True
         self._poison = RuntimeError("the strategy has been released")
+
+    def _check_not_released(self) -> None:
+        if self._released:
+            raise RuntimeError("the strategy has been released: build another one")
 
     @property
     def in_step(self) -> bool:
@@ -263,8 +271,8 @@ class Strategy(ABC):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Counts since construction: steps; bytes of gradients and parameters that this rank sent and received
-        (``comm.traffic`` has all, the few bytes of n_i among them); staleness, 0 in a synchronous strategy."""
+        """Counts: steps, with those of a checkpoint; bytes of gradients and parameters that this rank has sent and
+        received since construction (``comm.traffic`` has all); staleness, 0 in a synchronous strategy."""
         return {
             "steps": self.updates,
             "bytes_sent": self._exchanged.bytes_sent,
@@ -290,11 +298,9 @@ class Strategy(ABC):
     def _broadcast_rest(self) -> None:
         """Rank 0's buffers and frozen parameters to everybody: what the layout leaves outside."""
         inside = {id(segment.parameter) for segment in self.layout.segments}
-        for parameter in self.model.parameters():
-            if id(parameter) not in inside:
-                self.comm.broadcast(parameter.data, 0)
-        for buffer in self.model.buffers():
-            self.comm.broadcast(buffer, 0)
+        frozen = [p.data for p in self.model.parameters() if id(p) not in inside]
+        for array in (*frozen, *self.model.buffers()):
+            self.comm.broadcast(array, 0)
 
     def _options(self) -> tuple[Any, ...]:
         """What else all ranks must agree about."""
@@ -312,8 +318,3 @@ class Strategy(ABC):
                 f"backward was called {times} times{each} before step(): give the strategy "
                 f"accumulation_steps={times} if the gradients shall add up, or call step()"
             )
-
-    @property
-    def _most_backwards(self) -> int:
-        """How many make a full step."""
-        return self.accumulation_steps * self._leaves
