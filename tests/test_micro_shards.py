@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterator
 from fractions import Fraction
@@ -35,7 +36,6 @@ UPDATES = 200
 
 
 def model_of(dtype: str, dropout: bool = False) -> nn.Module:
-    """512 features: smaller layers do not show how many threads BLAS has."""
     dropped = [nn.Dropout(0.25)] if dropout else []
     return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), *dropped, nn.Linear(512, 10), seed=0).astype(dtype)
 
@@ -170,6 +170,106 @@ def test_dropout_accumulation_and_empty_micro_shards_are_the_same_bits_too() -> 
     assert len(set(everything[0].values())) == 5
 
 
+class Sometimes(nn.Module):
+    """Leaves out a layer where the first sample says so: some micro-shards do not use its parameters."""
+
+    def __init__(self) -> None:
+        self.first, self.extra, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Any) -> Any:
+        h = F.relu(self.first(x))
+        return self.last(F.relu(self.extra(h)) if len(x) and x[0].sum() > 300 / 16 else h)
+
+
+def sometimes(comm: Any, rounds: int) -> tuple[str, int]:
+    model = Sometimes().initialize(0)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    strategy = parallel.DataParallel(
+        model, optimizer, comm, micro_shards=V, bucket_cap_mb=0, accumulation_steps=rounds
+    )
+    used = 0
+    for i, (x, y) in enumerate(batches("float32", strategy.shard, 12, 40), 1):
+        used += sum(len(x) > a and bool(x[a].sum() > 300 / 16) for a, _ in cut(len(x), V // comm.world_size))
+        strategy.forward_backward(x, y, F.cross_entropy)
+        if i % rounds == 0:
+            strategy.step()
+    return hashed(strategy.state_dict()), used
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_parameters_that_some_micro_shards_do_not_use(rounds: int) -> None:
+    found: dict[tuple[str, int], list[Any]] = {
+        (world, n): minidp.spawn(sometimes, n, rounds, world=world, progress=False)
+        for world in ("process", "virtual")
+        for n in (1, 2, 4, 8)
+    }
+    assert len({bits for each in found.values() for bits, _ in each}) == 1
+    used = sum(count for _, count in found["virtual", 8])
+    assert 0.2 * 12 * V < used < 0.8 * 12 * V, "some do, some do not"
+    assert next(iter(found.values()))[0][0] == plainly_sometimes(rounds)
+
+
+def plainly_sometimes(rounds: int) -> str:
+    model = Sometimes().initialize(0)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    parameters = list(model.parameters())
+    momenta = [np.zeros_like(p.data) for p in parameters]
+    leaves: list[list[np.ndarray]] = []
+    samples = 0
+    for i, (x, y) in enumerate(batches("float32", (0, 1), 12, 40), 1):
+        for leaf, (start, stop) in enumerate(cut(len(x), V)):
+            for p in parameters:
+                p.grad = None
+            F.cross_entropy(model(x[start:stop]), y[start:stop]).backward(gradient=stop - start)
+            mine = [np.zeros_like(p.data) if p.grad is None else p.grad.numpy().copy() for p in parameters]
+            if len(leaves) < V:
+                leaves.append(mine)
+            else:
+                leaves[leaf] = [a + b for a, b in zip(leaves[leaf], mine)]
+        samples += len(x)
+        if i % rounds == 0:
+            for k, (p, m) in enumerate(zip(parameters, momenta)):
+                w, g = p.data.reshape(-1), (in_tree([each[k] for each in leaves]) / samples).reshape(-1)
+                state = {"momentum_buffer": m.reshape(-1)}
+                hyper = optimizer.hyper(0, i // rounds - 1)
+                scratch = tuple(np.empty_like(w) for _ in range(optimizer.scratch))
+                t = i // rounds - 1
+                optimizer.update(w, g, state, w, state, lr=hyper["lr"], t=t, hyper=hyper, scratch=scratch)
+            leaves, samples = [], 0
+    return hashed(model.state_dict())
+
+
+def wide(comm: Any, how: str) -> str:
+    """784 inputs, micro-shards of 16: a product of these sizes shows how many threads BLAS has."""
+
+    def build() -> parallel.DataParallel:
+        model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10), seed=0)
+        return parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm, micro_shards=V)
+
+    other = build()
+    strategy = build()
+    if how == "another lets go":
+        other.release()
+    elif how == "another is forgotten":
+        del other
+    rng = np.random.default_rng(0)
+    for step in range(4):
+        if how == "somebody sets threads" and step == 2:
+            threadpoolctl.threadpool_limits(2, user_api="blas")
+        x, y = rng.random((128, 784), dtype=np.float32), rng.integers(0, 10, 128)
+        start, stop = cut(128, comm.world_size)[comm.rank]
+        strategy.forward_backward(x[start:stop], y[start:stop], F.cross_entropy)
+        strategy.step()
+    return hashed(strategy.state_dict())
+
+
+@pytest.mark.parametrize("how", ["", "another lets go", "another is forgotten", "somebody sets threads"])
+def test_blas_has_one_thread_whatever_others_do(how: str) -> None:
+    (want,) = minidp.spawn(wide, 1, "", world="virtual")
+    for world_size in (1, 2):
+        assert set(minidp.spawn(wide, world_size, how, blas_threads=2, progress=False)) == {want}
+
+
 # --- and the right ones ---------------------------------------------------------------------------------------
 
 
@@ -290,12 +390,76 @@ def test_ranks_that_disagree_are_told() -> None:
         minidp.spawn(build, 2, world="virtual")
 
 
-def test_blas_has_its_threads_back_after_release() -> None:
-    with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        before = [library["num_threads"] for library in threadpoolctl.threadpool_info()]
+def threads() -> set[int]:
+    return {library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}
+
+
+def test_blas_has_its_threads_back_when_the_last_strategy_is_gone() -> None:
+    def build() -> parallel.DataParallel:
         model = model_of("float32")
+        return parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm_self(), micro_shards=2)
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = threads()
+        first, second = build(), build()
+        assert threads() == {1}
+        first.release()
+        assert threads() == {1}
+        second.release()
+        second.release()
+        assert threads() == before
+        third = build()
+        assert threads() == {1}
+        del third  # without release
+        gc.collect()
+        assert threads() == before
+        model = nn.Linear(2, 2).astype("float16")
         optimizer = optim.SGD(model.parameters(), lr=0.1)
-        strategy = parallel.DataParallel(model, optimizer, comm_self(), micro_shards=2)
-        assert {library["num_threads"] for library in threadpoolctl.threadpool_info()} == {1}
-        strategy.release()
-        assert [library["num_threads"] for library in threadpoolctl.threadpool_info()] == before
+        with pytest.raises(TypeError, match="train in float32"):
+            parallel.DataParallel(model, optimizer, comm_self(), micro_shards=2)
+        assert threads() == before
+
+
+# --- gradients that change ------------------------------------------------------------------------------------
+
+
+def stray_write(comm: Any, where: int, value: float) -> list[Any]:
+    """Rank 0 writes into rank 1's gradients after their backward: it is found, and the batch can be repeated."""
+    model = nn.Linear(4, 3).initialize(0)  # 12 + 3 elements, of which 4 + 13 are padding
+    strategy = parallel.DataParallel(
+        model, optim.SGD(model.parameters(), lr=0.1), comm, checksum=True, clip_norm=0.1, micro_shards=4
+    )
+    rng = np.random.default_rng(comm.rank)
+    x, y = rng.standard_normal((8, 4)).astype(np.float32), rng.integers(0, 3, 8)
+    said = []
+    for step in range(3):
+        strategy.forward_backward(x, y, F.cross_entropy)
+        comm.barrier()
+        if comm.rank == 0 and step == 1 and where >= 0:
+            strategy._slabs.grads[1][where] = value
+        comm.barrier()
+        try:
+            strategy.step()
+        except parallel.CorruptGradient as error:
+            said.append((error.rank, error.step, "discard() and repeat the batch" in str(error)))
+            strategy.discard()
+            strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
+    return [hashed(strategy.state_dict()), said]
+
+
+def test_gradients_that_change_after_backward_are_found_and_forgotten() -> None:
+    ((clean, said), _) = minidp.spawn(stray_write, 2, -1, 0.0, progress=False)
+    assert said == []
+    for where, value in ((0, 1000.0), (13, 1000.0), (13, float("nan")), (20, -0.0)):  # 13: padding
+        for found in minidp.spawn(stray_write, 2, where, value, progress=False):
+            assert found == [clean, [(1, 1, True)]], (where, value)
+
+
+def test_ranks_without_samples_have_a_checksum_too() -> None:
+    model = nn.Linear(4, 3)
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm_self(), checksum=True)
+    strategy.step()
+    strategy.forward_backward(np.ones((2, 4), np.float32), np.zeros(2, int), F.cross_entropy)
+    strategy.step()
+    assert strategy.updates == 2

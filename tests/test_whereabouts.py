@@ -122,6 +122,21 @@ def test_whoever_asks_by_a_signal_is_told_and_the_run_goes_on(world: str) -> Non
         script.clean()
 
 
+def test_it_may_come_while_workers_are_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = sys.modules["minidp.launch.spawn"]
+    context = room._context
+
+    def asked_meanwhile() -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return context()
+
+    monkeypatch.setattr(room, "_context", asked_meanwhile)
+    assert minidp.spawn(lambda comm: comm.rank, 2, progress=False) == [0, 1]
+    assert "minidp: rank" in capsys.readouterr().err
+
+
 def test_nobody_elses_signal_is_taken() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
@@ -164,6 +179,41 @@ def test_who_goes_on_is_not_said_to_have_stayed() -> None:
     stays = {since for place, since in board.notes if place == "forward, layer 4 (slow)"}
     assert len(stays) >= 5
     assert not sampler.is_alive()
+
+
+def test_calls_that_follow_each_other_are_not_one_stay() -> None:
+    """The same line of the same function, called again and again; and a layer outside of any step."""
+    board: Any = Blackboard()
+    sampler = Sampler(board, 0, every_s=0.01)
+    model = Net(0.05).initialize(0)
+    sampler.start()
+    try:
+        for _ in range(6):
+            load_batch(0.05)
+        for _ in range(6):
+            model(load_batch(0)[0])
+    finally:
+        sampler.stop()
+    for place in (r"test_whereabouts.py:\d+ in load_batch", r"forward, layer 4 \(slow\)"):
+        stays = {since for text, since in board.notes if re.fullmatch(place, text)}
+        seen = [since for text, since in board.notes if re.fullmatch(place, text)]
+        assert 5 <= len(stays) <= 7, place
+        assert len(seen) > 2 * len(stays), "each is seen several times"
+
+
+def test_odd_programs_do_not_end_the_looking() -> None:
+    board: Any = Blackboard()
+    sampler = Sampler(board, 0, every_s=0.01)
+    sampler.start()
+    try:
+        code = compile("import time\ntime.sleep(0.1)", "caf\udce9.py", "exec")
+        exec(code, {"__name__": ["unhashable"]})
+        load_batch(0.1)
+    finally:
+        sampler.stop()
+    places = {text for text, _ in board.notes}
+    assert any("caf" in place for place in places)
+    assert any("load_batch" in place for place in places)
 
 
 def test_models_that_can_not_be_told_about_are_no_error() -> None:
