@@ -60,7 +60,8 @@ class Sampler(threading.Thread):
             with contextlib.suppress(Exception):  # it is the user's program, and may be anything
                 text, stay = place_of(frame)
             now = time.monotonic_ns()
-            if text != last or not _seen_before(stay):
+            known = _seen_before(stay)
+            if text != last or not known:
                 last, since = text, now
             del frame, stay  # they hold the rank's arrays
             self._board.seen(self._rank, text, since, now)
