@@ -12,12 +12,10 @@ import pickle
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import threadpoolctl
 
 from minidp.comm import Communicator
 from minidp.comm.errors import in_words
@@ -199,6 +197,10 @@ def _portable(error: Exception) -> Exception:
 
 def surroundings() -> dict[str, str]:
     """What the bits of a training depend on besides program and data."""
+    from importlib import metadata  # 16 ms, for this only
+
+    import threadpoolctl
+
     try:
         version = metadata.version("minidp")
     except metadata.PackageNotFoundError:  # a checkout on the path

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 from weakref import finalize
 
 import numpy as np
-import threadpoolctl
 
 from minidp.comm.reduction import is_half
 from minidp.nn import Layout
@@ -65,6 +64,8 @@ class OneBlasThread:
     _others: ClassVar[dict[int, int]] = {}  # what others have set, by index of the library
 
     def __init__(self) -> None:
+        import threadpoolctl  # 4 ms, for this only
+
         cls = OneBlasThread
         if not cls._holders:
             cls._libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
