@@ -238,6 +238,12 @@ def test_resumed_workers_equal_one_that_was_never_interrupted(tmp_path: Path) ->
     assert (result["resumed_at"], result["steps"]) == (2 * STEPS_AN_EPOCH, STEPS_AN_EPOCH)
     assert result["relative_difference"] == 0, "not a bit is lost"
     assert f"The 2 workers went on from step {2 * STEPS_AN_EPOCH}; the one was never interrupted." in out
+    code, out, err = demo(*options, "--epochs", "4", "--save", str(folder), "--resume")
+    assert (code, err) == (0, "")
+    assert f"The 2 workers went on from step {2 * STEPS_AN_EPOCH}; the one was never interrupted." in out
+    code, out, err = demo(*options, "--epochs", "1", "--save", str(tmp_path / "new"), "--resume")
+    assert (code, err) == (0, "")
+    assert "went on" not in out, "there was nothing to go on from"
     code, out, err = demo(*options, "--epochs", "2", "--resume", str(folder))
     assert code == 2
     assert "all 12 steps are made already: give more --epochs" in err
@@ -307,6 +313,7 @@ def test_help_explains_each_option() -> None:
         (["--micro-shards", "2", "--workers", "4"], "--micro-shards=2 can't be shared by 4 ranks alike"),
         (["--micro-shards", "4", "--naive"], "the literal version (--naive) has none"),
         (["--micro-shards", "4", "--balance"], "they can't be shared by speed (--balance)"),
+        (["--resume"], "--resume: give a folder, or --save FOLDER as well"),
         (["--resume", "/no such folder"], "there is no checkpoint; --save /no such folder writes some"),
         (["--save", "/dev/null"], "--save /dev/null: this is a file, give a folder"),
         (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),

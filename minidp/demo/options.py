@@ -70,8 +70,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--resume",
         type=Path,
+        nargs="?",
+        const=True,
         metavar="FOLDER",
-        help="the N workers go on from the newest checkpoint of FOLDER, as if they had never stopped",
+        help="the N workers go on from the newest checkpoint of FOLDER, as if they had never stopped (default: of "
+        "that of --save, if there is one yet)",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     add(
@@ -126,6 +129,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PICTURES)}")
     if args.save is not None and args.save.exists() and not args.save.is_dir():
         parser.error(f"--save {args.save}: this is a file, give a folder")
+    if args.resume is True:
+        if args.save is None:
+            parser.error("--resume: give a folder, or --save FOLDER as well")
+        args.resume = args.save if args.save.is_dir() and files(args.save) else None
     if args.resume is not None:
         found = files(args.resume) if args.resume.is_dir() else []
         if not found:
