@@ -134,7 +134,7 @@ def _of_model(arrays: Arrays, strategy: Strategy) -> Arrays:
     model = {name.removeprefix("model."): array for name, array in arrays.items() if name.startswith("model.")}
     values = checked_state(strategy.model, model)
     for name, value in values.items():
-        if model[name].dtype != value.dtype:
+        if model[name].dtype != value.dtype.newbyteorder("="):
             raise ValueError(
                 f"{name} is {model[name].dtype} in the checkpoint, and {value.dtype} in the model: first convert "
                 f'that by model.astype("{model[name].dtype}")'

@@ -237,6 +237,7 @@ class Strategy(ABC):
         Raises, on all ranks: FileNotFoundError, DamagedCheckpoint if none is good, ValueError if it does not fit
         model (names, shapes, dtypes) or optimizer (kind, slots). Then nothing has changed.
         """
+        self._check_not_released()
         return checkpoint.load(self, Path(folder), generators)
 
     def restore(self, model: StateDict, state: Mapping[str, StateDict], updates: int, seed: int) -> None:
@@ -308,9 +309,8 @@ class Strategy(ABC):
 
     def _check_backward(self) -> None:
         if self._poison is not None:
-            raise RuntimeError(
-                "an earlier forward or backward of this step failed: call strategy.discard() first"
-            ) from self._poison
+            text = "an earlier forward or backward of this step failed: call strategy.discard() first"
+            raise RuntimeError(text) from self._poison
         if self._backwards == self._most_backwards:
             times = self._backwards // self._leaves + 1
             each = f", {self._leaves} micro-shards each," if self._leaves > 1 else ""
