@@ -16,7 +16,7 @@ from minidp.bench.contest import Rounds, contest
 from minidp.bench.roster import Entrant
 from minidp.bench.screen import Screen
 from minidp.bench.team import PeerFailed, Team
-from tests import leftovers
+from minidp.bench import leftovers
 
 needs_mpich = pytest.mark.skipif(roster.MPICH.missing() is not None, reason="needs mpi4py and mpich")
 needs_torch = pytest.mark.skipif(roster.DDP.missing() is not None, reason="needs torch")

@@ -18,7 +18,7 @@ import pytest
 from minidp.launch import cores
 from minidp.sim.calibration import Probe, calibrate, fit, predict, prediction_errors
 from minidp.sim.cluster import Cluster
-from tests import leftovers
+from minidp.bench import leftovers
 
 MODULE = sys.modules["minidp.sim.calibration"]
 HOME = Path(__file__).resolve().parents[1]

@@ -59,12 +59,8 @@ def test_every_kind_is_drawn_at_all_its_moments() -> None:
         assert {fault.moment for fault in drawn} == set(moments)
         assert {fault.rank for fault in drawn} == ({0} if kind == "disk" else set(range(faults.RANKS)))
         for fault in drawn:
-            assert Fault.parse(str(fault)) == fault
+            assert str(fault) == f"{kind}@{fault.moment}:{fault.step} rank={fault.rank}"
             assert 0 <= fault.step <= STEPS
-    with pytest.raises(ValueError, match="give one as 'kill@update:5 rank=1'"):
-        Fault.parse("kill@verify:5 rank=1")
-    with pytest.raises(ValueError, match="is no fault"):
-        Fault.parse("kill")
 
 
 # --- the matrix sees what it should -------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import pytest
 
 import minidp
 from minidp import nn, optim, parallel
+from minidp.bench.leftovers import Script, children, descriptors, gone_within, segments
 from minidp.nn import functional as F
-from tests.leftovers import Script, children, descriptors, gone_within, segments
 
 TRIES = [*range(3), *(pytest.param(i, marks=pytest.mark.soak) for i in range(3, 50))]
 NOTICE_S = 0.2  # a dead rank

@@ -26,11 +26,11 @@ import threadpoolctl
 
 import minidp
 from minidp import nn, optim, parallel
+from minidp.bench.leftovers import Script, children, descriptors, gone_within
 from minidp.comm import comm_self
 from minidp.comm.board import Board
 from minidp.launch import blas, cores
 from minidp.nn import functional as F
-from tests.leftovers import Script, children, descriptors, gone_within
 
 
 @pytest.fixture(autouse=True)

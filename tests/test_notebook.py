@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.leftovers import VARIABLE, processes
+from minidp.bench.leftovers import VARIABLE, processes
 
 nbclient = pytest.importorskip("nbclient", reason="notebooks are tested with nbclient (extra: test)")
 pytest.importorskip("ipykernel", reason="notebooks are tested with ipykernel (extra: test)")

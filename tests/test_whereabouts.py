@@ -15,10 +15,10 @@ import pytest
 
 import minidp
 from minidp import nn, optim, parallel
+from minidp.bench.leftovers import Script
 from minidp.comm import comm_self
 from minidp.launch.whereabouts import Sampler, place_of, telling
 from minidp.nn import functional as F
-from tests.leftovers import Script
 
 pytestmark = pytest.mark.timeout(60)
 

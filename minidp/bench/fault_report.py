@@ -36,6 +36,10 @@ class Trials:
     trials: list[Trial] = field(default_factory=list)
 
     @property
+    def struck(self) -> int:
+        return sum(trial.struck for trial in self.trials)
+
+    @property
     def noticed_s(self) -> list[float]:
         return [trial.noticed_s for trial in self.trials if trial.noticed_s is not None]
 
@@ -48,7 +52,7 @@ class Trials:
         return {
             "kind": self.kind,
             "trials": len(self.trials),
-            "struck": sum(trial.struck for trial in self.trials),
+            "struck": self.struck,
             "noticed_median_s": median(times) if times else None,
             "noticed_max_s": max(times, default=None),
             "limit_s": self.limit_s,
@@ -76,12 +80,12 @@ class FaultReport:
         for heading in ("fault", "trials", "struck", "told after", "latest", "bar", "problems"):
             table.add_column(heading, justify="left" if heading == "fault" else "right")
         for each in self.kinds:
-            row, told = each.as_dict(), each.noticed_s
-            limit = f"≤ {row['limit_s'] * 1e3:,.0f} ms" if told else ""
+            told = each.noticed_s
+            limit = f"≤ {each.limit_s * 1e3:,.0f} ms" if told else ""
             table.add_row(
                 each.kind,
-                str(row["trials"]),
-                str(row["struck"]),
+                str(len(each.trials)),
+                str(each.struck),
                 f"{median(told) * 1e3:.1f} ms" if told else "–",
                 f"{max(told) * 1e3:.1f} ms" if told else "–",
                 limit,

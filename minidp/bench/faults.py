@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,7 +23,7 @@ import numpy as np
 import minidp
 from minidp.bench.fault_report import Trial, Trials
 from minidp.bench.injector import MOMENTS, SAVE_EVERY, STEPS, Fault, program
-from minidp.bench.leftovers import VARIABLE, children, descriptors, gone_within, segments
+from minidp.bench.leftovers import Script, children, descriptors, gone_within, segments
 from minidp.parallel import checkpoint_files
 
 RANKS, TIMEOUT_S = 3, 20.0
@@ -216,12 +213,10 @@ def _truncated(rng: np.random.Generator, folder: Path) -> Trial:
     return Trial(f"truncate@{newest.name}:{size}", struck=newest.stat().st_size == size)
 
 
-_SCRIPT = """
+_PROGRAM = """
 import sys
 from pathlib import Path
 import minidp
-from minidp.bench import machine
-from minidp.bench.fault_report import Trial, Trials
 from minidp.bench.injector import program
 print("started", flush=True)
 while True:
@@ -230,34 +225,23 @@ while True:
 
 
 def _parent_ends(kind: str, rng: np.random.Generator, folder: Path) -> Trial:
-    token = secrets.token_hex(8)
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, str(folder)],
-        env={**os.environ, VARIABLE: token},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    delay = float(rng.uniform(0.15, 0.6))
+    delay, number = float(rng.uniform(0.15, 0.6)), PARENT[kind]
     trial = Trial(f"{kind} after {delay:.3f} s")
+    script = Script(_PROGRAM, str(folder))
     try:
-        process.stdout.readline()
+        script.wait_for_line("started")
         time.sleep(delay)
-        number = PARENT[kind]
-        trial.struck = process.poll() is None
+        trial.struck = script.process.poll() is None
         if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does
+            script.interrupt_group()
         else:
-            process.send_signal(number)
-        process.wait(10)
-        trial.noticed_s = gone_within(token, 4)
+            script.process.send_signal(number)
+        script.process.wait(10)
+        trial.noticed_s = gone_within(script.token, 4)
         if trial.noticed_s is None:
             trial.problems.append("processes outlived their parent")
     finally:
-        process.stdout.close()
-        process.kill()
-        process.wait()
+        script.clean()
     return trial
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import signal
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from minidp import nn, optim, parallel
-from minidp.comm import CommError, Communicator
+from minidp.comm import MAX, CommError, Communicator
 from minidp.nn import functional as F
 
 STEPS, SAVE_EVERY, SLOW_S = 8, 2, 0.3
@@ -52,7 +51,7 @@ MOMENTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Of one rank, once. ``str()`` and ``parse`` turn it into a line and back."""
+    """Of one rank, once."""
 
     kind: str
     moment: str
@@ -61,13 +60,6 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.moment}:{self.step} rank={self.rank}"
-
-    @classmethod
-    def parse(cls, text: str) -> Fault:
-        match = re.fullmatch(r"(\w+)@(\w+):(\d+) rank=(\d+)", text)
-        if match is None or match[2] not in MOMENTS.get(match[1], ()):
-            raise ValueError(f"{text!r} is no fault: give one as 'kill@update:5 rank=1'")
-        return cls(match[1], match[2], int(match[3]), int(match[4]))
 
 
 class Injected(Exception):
@@ -93,10 +85,7 @@ class Injector:
         if fault is not None and fault.moment == moment and fault.step == self.strategy.updates:
             self._fault = None  # once
             self._diary(fault=str(fault), pid=os.getpid())
-            if fault.kind == "bit":
-                _bit(self.strategy)
-            else:
-                _STRIKE[fault.kind](*things)
+            _STRIKE[fault.kind](self.strategy, *things)
 
 
 def _raise(*_: Any) -> None:
@@ -123,11 +112,11 @@ def _memory(*_: Any) -> None:
     np.empty(2**60, np.uint8)
 
 
-def _nan(parameter: nn.Parameter, *_: Any) -> None:
+def _nan(_: Any, parameter: nn.Parameter) -> None:
     parameter.grad.numpy()[...] = np.nan  # type: ignore[union-attr]
 
 
-def _bit(strategy: Any) -> None:
+def _bit(strategy: Any, *_: Any) -> None:
     rng = np.random.default_rng(strategy.updates)
     mine = strategy._own.view(np.uint8)
     mine[rng.integers(mine.size)] ^= 1 << int(rng.integers(8))
@@ -137,21 +126,19 @@ def _return(*_: Any) -> None:
     raise _Leaves
 
 
-def _order(comm: Communicator) -> None:
+def _order(_: Any, comm: Communicator) -> None:
     comm.barrier()
 
 
-def _shape(comm: Communicator) -> None:
+def _shape(_: Any, comm: Communicator) -> None:
     comm.all_reduce(np.ones(3))
 
 
-def _dtype(comm: Communicator) -> None:
+def _dtype(_: Any, comm: Communicator) -> None:
     comm.all_reduce(np.ones(2, np.int64))
 
 
-def _op(comm: Communicator) -> None:
-    from minidp.comm import MAX
-
+def _op(_: Any, comm: Communicator) -> None:
     comm.all_reduce(np.ones(2), MAX)
 
 
@@ -169,6 +156,7 @@ _STRIKE: dict[str, Callable[..., None]] = {
     "slow": _slow,
     "memory": _memory,
     "nan": _nan,
+    "bit": _bit,
     "return": _return,
     "order": _order,
     "shape": _shape,

@@ -12,13 +12,12 @@ from statistics import median
 
 import threadpoolctl
 
-from minidp import optim, parallel
 from minidp.bench import measure
 from minidp.bench.contest import Rounds
-from minidp.bench.jobs import LARGE, LEARNING_RATE, SMALL, TINY, Training
+from minidp.bench.jobs import LARGE, SMALL, TINY, Training
 from minidp.bench.machine import Neighbours
 from minidp.bench.measure import ratio
-from minidp.bench.peers.ours import model_of
+from minidp.bench.peers.ours import strategy_of
 from minidp.bench.report import Line, Report
 from minidp.bench.screen import Screen
 from minidp.comm import comm_self
@@ -37,9 +36,7 @@ class Step:
     """A contender of `measure.compare`."""
 
     def __init__(self, job: Training, micro_shards: int | None) -> None:
-        model = model_of(job)
-        optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE)
-        self.strategy = parallel.DataParallel(model, optimizer, comm_self(), micro_shards=micro_shards)
+        self.strategy = strategy_of(job, comm_self(), micro_shards=micro_shards)
         self.batch = job.batch_of(0)
 
     def burst(self, repeats: int, warm_up: int = 0) -> float:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minidp.demo.train import OPTIMIZERS, TRAIN_SAMPLES
+from minidp.data import load_digits
+from minidp.demo.train import OPTIMIZERS
 from minidp.launch import cores
 from minidp.parallel.checkpoint_files import files, updates_of
 from minidp.parallel.micro_shards import leaves_of
@@ -137,7 +138,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         found = files(args.resume) if args.resume.is_dir() else []
         if not found:
             parser.error(f"--resume {args.resume}: there is no checkpoint; --save {args.resume} writes some")
-        steps = args.epochs * -(-TRAIN_SAMPLES // args.global_batch_size)
+        steps = args.epochs * -(-len(load_digits()[0]) // args.global_batch_size)
         if updates_of(found[0]) >= steps:
             parser.error(f"--resume {args.resume}: all {steps} steps are made already: give more --epochs")
     nodes = [node for node, _ in args.straggler or ()]

@@ -22,7 +22,6 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
 }
-TRAIN_SAMPLES = 1437  # of the digits
 DEFAULT_LR = {"sgd": 0.1, "momentum": 0.05, "adam": 0.001, "adamw": 0.001}
 
 

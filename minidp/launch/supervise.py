@@ -144,11 +144,11 @@ def _failure(worker: Worker, world_size: int) -> Exception | None:
     """What went wrong with this worker, as the exception that the parent raises, or None."""
     who = f"rank {worker.rank} of {world_size}"
     if worker.outcome is not None and worker.outcome[0] == "raised":
-        kind, text, trace, data = pickle.loads(worker.outcome[1])
+        what, trace, data = pickle.loads(worker.outcome[1])
         cause = None
         with contextlib.suppress(Exception):  # a class that only the worker knows: the traceback tells all
             cause = pickle.loads(data)
-        return failure_of(worker.rank, world_size, f"{kind}: {text}", trace, cause)
+        return failure_of(worker.rank, world_size, what, trace, cause)
     if worker.gone and worker.outcome is None:
         return RankFailed(f"{who} {_how_it_ended(worker.process.exitcode)}", worker.rank)
     return None

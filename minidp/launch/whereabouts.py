@@ -25,7 +25,7 @@ from minidp.comm.board import Board
 
 EVERY_S = 0.25
 ASK = getattr(signal, "SIGUSR1", None)
-"""Sent to the parent at any time: it says where all ranks are, and goes on."""
+"""Sent to the parent while ``spawn`` runs in its main thread: it says where all ranks are, and goes on."""
 
 _HOME = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARY = os.path.dirname(threading.__file__) + os.sep

@@ -148,10 +148,9 @@ def _run(job: Job) -> tuple[str, Any]:
 def _pack(error: BaseException) -> bytes:
     """An exception with its traceback as text; the exception itself only if it survives the journey."""
     trace = "".join(traceback.format_exception(error))
-    kind, text = in_words(error).split(": ", 1)
     data = cloudpickle.dumps(None)
     with contextlib.suppress(BaseException):  # the user's __reduce__ may do anything
         there_and_back = cloudpickle.dumps(error)
         pickle.loads(there_and_back)
         data = there_and_back
-    return cloudpickle.dumps((kind, text, trace, data))  # type: ignore[no-any-return]
+    return cloudpickle.dumps((in_words(error), trace, data))  # type: ignore[no-any-return]

@@ -126,7 +126,7 @@ def _plain_bytes(name: str, array: np.ndarray) -> np.ndarray:
     """Of the machine's byte order, as files have it."""
     if array.dtype.hasobject:
         raise TypeError(f"{name} holds Python objects: files hold numbers")
-    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _of_model(arrays: Arrays, strategy: Strategy) -> Arrays:

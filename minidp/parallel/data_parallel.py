@@ -103,7 +103,7 @@ class DataParallel(Strategy):
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
         self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
         self._scale = 1.0
-        self._sum: int | None = None
+        self._crc: int | None = None
         self._troubles: list[Trouble] = []  # of this rank's blocks, in this step
         self._tree: Leaves | None = None
         if leaves > 1:
@@ -153,7 +153,7 @@ class DataParallel(Strategy):
     # -- a step ----------------------------------------------------------------------------------------
 
     def _start_gradients(self) -> None:
-        self._sum = None
+        self._crc = None
         if self._tree is None:
             self.layout.clear_written()
         else:
@@ -174,10 +174,10 @@ class DataParallel(Strategy):
 
     def _seal(self) -> int:
         """The checksum of this rank's gradients, taken when they are complete."""
-        if self._sum is None:
+        if self._crc is None:
             self.layout.zero_unwritten(self._own)
-            self._sum = crc32(self._own.data)
-        return self._sum
+            self._crc = crc32(self._own.data)
+        return self._crc
 
     def _check_backward(self) -> None:
         super()._check_backward()

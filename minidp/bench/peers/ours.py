@@ -25,10 +25,10 @@ def model_of(job: Training) -> nn.Module:
     return model
 
 
-def strategy_of(job: Training, comm: Communicator) -> parallel.Strategy:
-    """What trains it."""
+def strategy_of(job: Training, comm: Communicator, **options: Any) -> parallel.Strategy:
+    """What trains it; ``options`` of ``DataParallel``."""
     model = model_of(job)
-    return parallel.DataParallel(model, optim.SGD(model.parameters(), lr=LEARNING_RATE), comm)
+    return parallel.DataParallel(model, optim.SGD(model.parameters(), lr=LEARNING_RATE), comm, **options)
 
 
 class Ours(Contestant):
