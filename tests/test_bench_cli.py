@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from minidp.bench import allreduce, cli, jobs, machine, roster, scaling, virtual
+from minidp.bench import allreduce, cli, jobs, leftovers, machine, roster, scaling, virtual
 from minidp.bench.contest import Rounds, contest
 from minidp.bench.roster import Entrant
 from minidp.bench.screen import Screen
 from minidp.bench.team import PeerFailed, Team
-from minidp.bench import leftovers
 
 needs_mpich = pytest.mark.skipif(roster.MPICH.missing() is not None, reason="needs mpi4py and mpich")
 needs_torch = pytest.mark.skipif(roster.DDP.missing() is not None, reason="needs torch")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minidp.bench import leftovers
 from minidp.launch import cores
 from minidp.sim.calibration import Probe, calibrate, fit, predict, prediction_errors
 from minidp.sim.cluster import Cluster
-from minidp.bench import leftovers
 
 MODULE = sys.modules["minidp.sim.calibration"]
 HOME = Path(__file__).resolve().parents[1]

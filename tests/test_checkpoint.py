@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 
 import minidp
 from minidp import data, nn, optim, parallel
+from minidp.bench.leftovers import Script
 from minidp.comm import comm_self
 from minidp.nn import functional as F
 from minidp.parallel import DamagedCheckpoint, checkpoint, checkpoint_files
@@ -408,16 +407,52 @@ def test_what_fits_on_one_rank_only_is_loaded_by_none(world: str, tmp_path: Path
         assert said.startswith("ValueError: the checkpoint holds no generator 'g' (MT19937); it holds g (PCG64)")
 
 
+WRITES_FOR_EVER = """
+import os, sys, time
+from pathlib import Path
+from minidp import nn
+os.fsync = lambda _: (print("writing", flush=True), time.sleep(60))
+nn.save_file({}, Path(sys.argv[1]))
+"""
+
+
 def test_unfinished_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    host = os.uname().nodename.replace(".", "_")
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    dead, living = (tmp_path / f".update-1.safetensors.{host}-{pid}.x_1.part" for pid in (ended.pid, os.getpid()))
-    elsewhere = tmp_path / f".update-1.safetensors.other{host}-{ended.pid}.x_1.part"
-    for path in (dead, living, elsewhere):
-        path.touch()
-    build(comm_self()).save(tmp_path)
-    assert [path.exists() for path in (dead, living, elsewhere)] == [False, True, True]
+    script = Script(WRITES_FOR_EVER, str(tmp_path / "update-1.safetensors"))
+    try:
+        script.wait_for_line("writing")
+        (part,) = tmp_path.iterdir()
+        other = tmp_path / ".not ours"
+        other.touch()
+        strategy = build(comm_self())
+        strategy.save(tmp_path)
+        assert part.exists(), "somebody is writing it"
+        script.process.kill()
+        script.process.wait()
+        strategy.save(tmp_path)
+        assert not part.exists()
+        assert other.exists()
+    finally:
+        script.clean()
+
+
+def test_a_file_that_is_taken_for_a_dead_ones_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of a file and its lock somebody else may delete it."""
+    lock, locked = fcntl.flock, []
+
+    def late(handle: Any, how: int) -> None:
+        locked.append(handle)
+        if len(locked) == 1:
+            for part in tmp_path.glob(".*.part"):
+                part.unlink()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    nn.save_file({"a": np.ones(2)}, tmp_path / "file")
+    assert len(locked) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert nn.load_file(tmp_path / "file")["a"].tolist() == [1.0, 1.0]
 
 
 def test_a_released_strategy_lets_the_model_alone(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ raises.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -21,11 +20,10 @@ from greenlet import getcurrent
 
 from minidp.comm.errors import CommError
 from minidp.comm.venue import Venue
-from minidp.launch.whereabouts import place_of
+from minidp.launch.whereabouts import place_of, users_frame
 from minidp.sim.loop import Task
 
 _SIGNAL = signal.SIGURG  # ignored unless somebody asks for it
-_LIBRARY = os.path.dirname(threading.__file__)
 _IDLE = 0.05  # share of its time that a thread may compute and still count as blocked
 
 
@@ -80,11 +78,5 @@ def _watch(venue: Venue, timeout_s: float, thread: int, over: threading.Event) -
 
 
 def _place(frame: FrameType | None) -> str:
-    # Who called the standard library says more than the line there: a queue waits in threading.py.
-    while frame is not None and frame.f_back is not None and _is_library(frame.f_code.co_filename):
-        frame = frame.f_back
+    frame = users_frame(frame)
     return "at an unknown place" if frame is None else f"at {frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARY) and "site-packages" not in file

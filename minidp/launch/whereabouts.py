@@ -81,7 +81,7 @@ def _seen_before(frame: FrameType | None) -> bool:
 
 def place_of(frame: FrameType | None) -> tuple[str, FrameType | None]:
     """Where code is whose innermost frame this is: in words, and the frame that lives as long as this stay."""
-    stay, user, module, node, outermost = frame, None, None, None, None
+    stay, user, module, node, outermost = frame, users_frame(frame), None, None, None
     phase, strategy = "", None
     while frame is not None:
         code = frame.f_code
@@ -95,13 +95,10 @@ def place_of(frame: FrameType | None) -> tuple[str, FrameType | None]:
         elif not phase and where in _PHASES:
             phase, strategy = _PHASES[where], frame.f_locals.get("self") or frame.f_locals.get("strategy")
             stay = frame
-        if user is None and not _is_library(code.co_filename):
-            user = frame
         frame = frame.f_back
     if not phase and module is not None:
         phase = "forward"
     if not phase:
-        user = user or stay
         if user is None:
             return "at an unknown place", None
         return f"{os.path.basename(user.f_code.co_filename)}:{user.f_lineno} in {user.f_code.co_name}", user
@@ -130,6 +127,14 @@ def _layer_of(model: Any, node: Any) -> Any:
                 if any(value is each for each in inputs):
                     return module
     return None
+
+
+def users_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost one that is no library's: who called it says more than the line there. Else the innermost."""
+    found = frame
+    while found is not None and _is_library(found.f_code.co_filename):
+        found = found.f_back
+    return found or frame
 
 
 def _is_library(file: str) -> bool:

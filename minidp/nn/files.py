@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ def save_file(
 
     The file appears whole or not at all: it is written beside its place, synced, then renamed.
     """
-    import tempfile
-
     from safetensors.numpy import save
 
     arrays = {}
@@ -36,16 +35,14 @@ def save_file(
             raise TypeError(f"{name} holds Python objects: files hold numbers; convert it by .astype first")
         arrays[name] = np.array(array, order="C")  # safetensors writes the buffer as it lies
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.{_writer(os.getpid())}.", suffix=_PART
-    )
+    handle, temporary = _begin(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(save(arrays, dict(metadata) if metadata is not None else None))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)  # still locked: until it has its name nobody may take it for a dead one's
         _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -80,33 +77,24 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what `save_file` has begun here and not ended, in processes of this machine that are no more."""
+    """Delete what `save_file` has begun here and nobody is writing any more: its writer was killed."""
     for path in folder.glob(f".*{_PART}"):
-        writer = re.search(r"\.([^.]*)-(\d+)\.[^.]*" + re.escape(_PART) + "$", path.name)
-        if (
-            writer is not None
-            and _writer(int(writer[2])) == f"{writer[1]}-{writer[2]}"
-            and not _alive(int(writer[2]))
-        ):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), path.open("rb") as file:  # somebody else may end or delete it just now
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
+            path.unlink()
 
 
-def _writer(pid: int) -> str:
-    return f"{os.uname().nodename.replace('.', '_')}-{pid}"
+def _begin(path: Path) -> tuple[int, str]:
+    """A new file beside ``path``: its descriptor, which is locked as long as somebody writes, and its name."""
+    import tempfile
 
-
-def _alive(pid: int) -> bool:
-    """Whether there is such a process, other than one that has ended and waits to be noticed (Linux)."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return not Path("/proc/self").exists()  # gone just now, or a system without /proc
+    while True:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, temporary
+        os.close(handle)  # taken for a dead one's before it was locked
 
 
 def _sync_folder(folder: Path) -> None:
