@@ -81,13 +81,12 @@ def in_processes(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.
 
     one: list[Result] = []
     many: list[Result] = []
-    alone = replace(job, balance=False, save=None, resume=None)
     for _ in range(1 if job.save or job.resume else ROUNDS):  # a second round would go on from the first one's end
-        one.append(run(1, alone)[0])
+        one.append(run(1, job.alone())[0])
         results = run(args.workers, replace(job, record=args.trace is not None))
         many.append(results[0])
     copies, epochs = args.workers, min(args.epochs, WEAK_EPOCHS)
-    weak_job = replace(alone, copies=copies, global_batch_size=copies * job.global_batch_size, epochs=epochs)
+    weak_job = replace(job.alone(), copies=copies, global_batch_size=copies * job.global_batch_size, epochs=epochs)
     weak = run(args.workers, weak_job)[0]
     speedup_weak = args.workers * report.steps_per_s([weak]) / report.steps_per_s(one)
     outcome = report.outcome(
@@ -99,8 +98,7 @@ def in_processes(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.
 def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Event]]:
     """Timed on the virtual clock, where one run is as good as many."""
     cluster: Cluster = args.cluster
-    alone = replace(job, balance=False, save=None, resume=None)
-    one = minidp.spawn(train, 1, alone, world="virtual", cluster=_alone(cluster))
+    one = minidp.spawn(train, 1, job.alone(), world="virtual", cluster=_alone(cluster))
     many = minidp.spawn(train, args.workers, replace(job, record=True), world="virtual", cluster=cluster)
     weak_job = replace(job, global_batch_size=args.workers * job.global_batch_size, copies=args.workers)
     speedup_weak = args.workers * report.step_s(one) / predicted_step_s(weak_job, args.workers, cluster)
@@ -112,7 +110,7 @@ def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Eve
 def fingerprints(world: str, job: Job) -> dict[int, str]:
     """What a few updates with micro-shards end at, with 1, 2 and 4 workers."""
     shards = job.micro_shards or MICRO_SHARDS
-    job = replace(job, naive=False, balance=False, micro_shards=shards, save=None, resume=None)
+    job = replace(job.alone(), naive=False, micro_shards=shards)
     return {
         workers: minidp.spawn(fingerprint, workers, job, FEW_UPDATES, world=world, progress=False)[0]
         for workers in (1, 2, 4)

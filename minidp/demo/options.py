@@ -74,8 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="?",
         const=True,
         metavar="FOLDER",
-        help="the N workers go on from the newest checkpoint of FOLDER, as if they had never stopped (default: of "
-        "that of --save, if there is one yet)",
+        help="the N workers go on from the newest checkpoint of FOLDER, as if they had never stopped (without "
+        "FOLDER: that of --save, which may be empty yet)",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     add(

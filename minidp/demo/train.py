@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -43,6 +43,10 @@ class Job:
     """Where a checkpoint is written after each epoch."""
     resume: Path | None = None
     """A folder of checkpoints: go on from the newest."""
+
+    def alone(self) -> Job:
+        """The same for who shares with nobody, and neither keeps nor uses checkpoints."""
+        return replace(self, balance=False, save=None, resume=None)
 
     def model(self) -> nn.Sequential:
         """An MLP of these hidden sizes, the same on every rank."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
+from minidp.backend import array_module, asarray
 from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
 from minidp.nn import Dropout, DropoutScope, Layout, Module
@@ -105,12 +106,11 @@ class Strategy(ABC):
         """
         if self._leaves == 1:
             return self._forward_backward(x, y, loss_fn)
-        self._check_backward()
         total: Any = 0
         for start, stop in cut(len(x), self._leaves):
             loss = self._forward_backward(x[start:stop], y[start:stop], loss_fn)
             total = total + loss.data * (stop - start)
-        return Tensor(np.asarray(total / max(1, len(x)), dtype=loss.dtype))
+        return Tensor(asarray(total / max(1, len(x)), array_module(loss.data), loss.dtype))
 
     def _forward_backward(self, x: Any, y: Any, loss_fn: Callable[[Tensor, Any], Tensor]) -> Tensor:
         self._check_backward()
