@@ -55,7 +55,7 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
 class OneBlasThread:
     """While anybody in this process holds one, BLAS runs one thread: how it cuts sums over threads changes bits.
 
-    ``enforce`` sees to it again, at 0.5 µs, since others may set numbers of threads too; the last one that is let go
+    ``enforce`` sees to it again (0.5 µs), as others may set numbers of threads too; the last one that is let go
     puts back what was last set.
     """
 
