@@ -21,7 +21,7 @@ from minidp.comm.arena import Arena
 from minidp.comm.board import Board
 from minidp.comm.errors import in_words
 from minidp.comm.world import join_world
-from minidp.launch import blas, lifeline, logs
+from minidp.launch import blas, lifeline, logs, memory
 from minidp.launch.whereabouts import Sampler
 
 # Reports travel in pieces that a pipe takes as a whole or not at all: a worker that is stopped in the middle of
@@ -55,6 +55,7 @@ class Surroundings:
         with contextlib.suppress(OSError):
             os.chdir(self.folder)
         blas.limit(self.blas_threads)
+        memory.keep()
 
 
 @dataclass(frozen=True)
