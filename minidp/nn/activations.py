@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from minidp.autograd.function import Function, nbytes_of, rows
-from minidp.backend import Array, asarray, generator
+from minidp.backend import Array, asarray, generator, to_numpy
 from minidp.nn.normal import normal_tail
+
+# Up to so many elements a table of ones and zeros, rows × places, sums gradients of an embedding by one product:
+# 65 rows, 1024 places, 128 features in 0.2 ms, where add.at takes 1.1.
+ONE_HOT = 2**20
+# Elements of a piece that the many steps of GELU take at once on a processor: what they need stays in its
+# second-level cache. 1024 × 512 in float32: 3.8 → 2.1 ms (exact).
+PIECE = 2**14
 
 
 class Linear(Function):
@@ -44,9 +53,10 @@ class Linear(Function):
     def backward(self, grad: Array) -> Any:
         x, weight = self.saved
         needs = self.needs
-        grad_x = grad @ weight if needs[0] else None
-        if grad.ndim != 2:
+        shape = x.shape
+        if grad.ndim != 2:  # one product, not one for each leading index
             grad, x = rows(grad), rows(x)
+        grad_x = (grad @ weight).reshape(shape) if needs[0] else None
         grad_w = self.xp.matmul(grad.T, x, out=self.grad_out(1)) if needs[1] else None
         if len(needs) == 2:
             return grad_x, grad_w
@@ -104,12 +114,18 @@ class GELU(Function):
     fresh = True
 
     def forward(self, x: Array, approximate: str = "none") -> Array:
-        dtype = x.dtype
-        if dtype.itemsize < 4:
-            x = x.astype("float32")
-        y, slope = self.exact(x) if approximate == "none" else self.tanh(x)
-        self.saved = slope.astype(dtype, copy=False)
-        return y.astype(dtype, copy=False)
+        form = self.exact if approximate == "none" else self.tanh
+        wide = x.astype("float32" if x.dtype.itemsize < 4 else x.dtype, copy=False)
+        if self.xp is not np or x.size <= PIECE:
+            y, slope = form(wide)
+        else:
+            y, slope = np.empty_like(wide, order="C"), np.empty_like(wide, order="C")
+            flat, whole = wide.reshape(-1), (y.reshape(-1), slope.reshape(-1))
+            for start in range(0, x.size, PIECE):
+                piece = slice(start, start + PIECE)
+                whole[0][piece], whole[1][piece] = form(flat[piece])
+        self.saved = slope.astype(x.dtype, copy=False)
+        return y.astype(x.dtype, copy=False)
 
     def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
         return 60 * out.nbytes, 3 * out.nbytes  # 26 to 30 steps forward, most of them one read and one write
@@ -128,15 +144,69 @@ class GELU(Function):
         return self.xp.maximum(x, zero_row(x, self.xp)) - a, slope
 
     def tanh(self, x: Array) -> tuple[Array, Array]:
-        """Φ(x) ≈ (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³)."""
+        """Φ(x) ≈ (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³), u' = √(2/π) (1 + 3 · 0.044715 x²)."""
+        root = math.sqrt(2 / math.pi)
         square = x * x
-        t = self.xp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * square))
-        cdf = 0.5 + 0.5 * t
-        slope = 0.5 * x * (1 - t * t) * (math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * square))
-        return x * cdf, slope + cdf
+        u = square * (0.044715 * root)
+        u += root
+        u *= x
+        t = self.xp.tanh(u)
+        square *= 3 * 0.044715 * root
+        square += root  # u'
+        cdf = t * 0.5
+        cdf += 0.5
+        y = x * cdf
+        slope = 1 - t  # Φ + ½ x (1 − t²) u' = Φ + y (1 − t) u'
+        slope *= y
+        slope *= square
+        slope += cdf
+        return y, slope
 
     def backward(self, grad: Array) -> Any:
         return grad * self.saved
+
+
+class Embedding(Function):
+    """Rows of a table: weight (v, d), integer tokens (...) → (..., d)."""
+
+    fresh = True
+
+    def forward(self, weight: Array, tokens: Array) -> Array:
+        tokens = asarray(tokens, self.xp)
+        if tokens.dtype.kind not in "iu":
+            raise TypeError(f"embedding: tokens must be integers in 0 … {len(weight) - 1}, not {tokens.dtype}")
+        tokens = tokens.astype("int64", copy=False)
+        wrong = tokens.view("uint64") >= len(weight)  # a negative token, seen as unsigned, is larger than any
+        if wrong.any():
+            where = int(to_numpy(wrong).argmax())
+            raise IndexError(
+                f"embedding: token {to_numpy(tokens).ravel()[where]} at place {where} is outside "
+                f"0 … {len(weight) - 1}, the rows of a weight of shape {weight.shape}"
+            )
+        self.saved = tokens, weight.shape
+        return weight.take(tokens, axis=0)
+
+    def backward(self, grad: Array) -> Any:
+        """Each row's gradient is the sum of those of the places that hold its token."""
+        tokens, shape = self.saved
+        out = self.grad_out(0)
+        if out is None:
+            out = self.xp.empty(shape, dtype=grad.dtype)
+        flat, grad = tokens.ravel(), rows(grad)
+        if len(flat) * len(out) <= ONE_HOT:
+            hot = self.xp.zeros((len(out), len(flat)), dtype=grad.dtype)
+            hot[flat, self.xp.arange(len(flat))] = 1
+            self.xp.matmul(hot, grad, out=out)
+        else:
+            out[...] = 0
+            self.xp.add.at(out, flat, grad)
+        return out, None
+
+    def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 0.0, float(out.size)
+
+    def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
+        return 2 * out.nbytes, 2 * out.nbytes + nbytes_of(inputs[0])
 
 
 class Dropout(Function):

@@ -39,6 +39,56 @@ class Linear(Module):
         return f"{self.in_features}, {self.out_features}" + ("" if self.bias is not None else ", bias=False")
 
 
+class Embedding(Module):
+    """A learnt row for each token: integers (...) in 0 … num_embeddings − 1 → (..., embedding_dim).
+
+    weight (num_embeddings, embedding_dim) starts as N(0, std²), std = 1 as in PyTorch. IndexError names a token
+    that is out of range.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, std: float = 1.0) -> None:
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError(f"Embedding: sizes must be positive, not {num_embeddings} × {embedding_dim}")
+        self.num_embeddings, self.embedding_dim, self.std = num_embeddings, embedding_dim, std
+        self.weight = Parameter(np.zeros((num_embeddings, embedding_dim), dtype=np.float32))
+        self.initialize(0)
+
+    def initial(self, name: str, rng: np.random.Generator) -> np.ndarray:
+        return rng.normal(0, self.std, self.weight.shape)
+
+    def forward(self, tokens: Any) -> Tensor:
+        return functional.embedding(tokens, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class LayerNorm(Module):
+    """(x − μ) / √(σ² + eps) · weight + bias, μ and σ² of each sample's last axes, which are `normalized_shape`.
+
+    A number stands for one axis. weight starts as ones, bias as zeros, both of `normalized_shape`, float32.
+    """
+
+    def __init__(self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5) -> None:
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"LayerNorm: normalized_shape={normalized_shape}: give positive sizes")
+        if eps <= 0:
+            raise ValueError(f"LayerNorm: eps={eps}: give a small positive number")
+        self.normalized_shape, self.eps = shape, eps
+        self.weight = Parameter(np.ones(shape, dtype=np.float32))
+        self.bias = Parameter(np.zeros(shape, dtype=np.float32))
+
+    def initial(self, name: str, rng: np.random.Generator) -> np.ndarray:
+        return np.full(self.normalized_shape, float(name == "weight"))
+
+    def forward(self, x: Any) -> Tensor:
+        return functional.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps:g}"
+
+
 class ReLU(Module):
     """max(x, 0)."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from minidp.autograd.function import Function, nbytes_of
+from minidp.autograd.function import Function, nbytes_of, rows
 from minidp.backend import Array, asarray, to_numpy
 
 
 class CrossEntropy(Function):
-    """− 1/n Σ_i log softmax(z_i)[label_i] for logits z (n, C) and integer labels (n,) → a scalar.
+    """− 1/n Σ_i log softmax(z_i)[label_i] for logits z (..., C) and integer labels (...) → a scalar; n labels.
 
     Softmax and loss are one node, because the gradient then is simply (softmax(z) − onehot(label)) / n.
     """
@@ -19,9 +19,10 @@ class CrossEntropy(Function):
     def forward(self, logits: Array, labels: Array) -> Array:
         xp = self.xp
         labels = check_labels(logits, labels, xp)
+        shape, logits = logits.shape, rows(logits)
         n, classes = logits.shape
         if n == 0:
-            self.saved = logits, None
+            self.saved = logits, None, shape
             return xp.zeros((), dtype=logits.dtype)
         # Position of each sample's label in the flattened (n, C) array: take() is cheaper than [rows, labels].
         at = labels + xp.arange(0, n * classes, classes)
@@ -31,17 +32,17 @@ class CrossEntropy(Function):
         xp.exp(p, out=p)
         total = p.sum(axis=1, keepdims=True)
         p /= total
-        self.saved = p, at
+        self.saved = p, at, shape
         return (xp.log(total).ravel() - picked).sum() / n
 
     def backward(self, grad: Array) -> Any:
-        p, at = self.saved
+        p, at, shape = self.saved
         if at is None:
-            return self.xp.zeros_like(p), None
+            return self.xp.zeros(shape, dtype=p.dtype), None
         flat = p.ravel()  # p is this node's own array, contiguous: reuse it
         flat[at] -= 1
         p *= grad / len(p)
-        return p, None
+        return p.reshape(shape), None
 
     def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
         return 6.0 * inputs[0].size, 2.0 * inputs[0].size
@@ -53,21 +54,21 @@ class CrossEntropy(Function):
 
 def check_labels(logits: Array, labels: Array, xp: Any) -> Array:
     """Return `labels` as an array beside the logits, or raise an error that tells what is wrong with them."""
-    if logits.ndim != 2:
-        raise ValueError(f"cross_entropy: logits must have shape (n, classes), not {logits.shape}")
-    n, classes = logits.shape
+    if logits.ndim < 2:
+        raise ValueError(f"cross_entropy: logits must have shape (n, ..., classes), not {logits.shape}")
+    *leading, classes = logits.shape
     labels = asarray(labels, xp)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"cross_entropy: labels must be integers in 0 … {classes - 1}, not {labels.dtype}")
-    if labels.shape != (n,):
+    if labels.shape != tuple(leading):
         raise ValueError(
-            f"cross_entropy: {n} logits need labels of shape ({n},), not {labels.shape}; "
-            "one integer per sample, no one-hot rows"
+            f"cross_entropy: logits of shape {logits.shape} need labels of shape {tuple(leading)}, not "
+            f"{labels.shape}; classes come last, and labels are integers, no one-hot rows"
         )
-    host, labels = labels, labels.astype("int64", copy=False)
+    host, labels = labels, labels.ravel().astype("int64", copy=False)
     wrong = labels.view("uint64") >= classes  # a negative label, seen as unsigned, is larger than any class
     if wrong.any():
-        host = to_numpy(host)
+        host = to_numpy(host).ravel()
         where = int(to_numpy(wrong).argmax())
         raise ValueError(
             f"cross_entropy: label {host[where]} of sample {where} is outside 0 … {classes - 1} "

@@ -7,6 +7,7 @@ from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.naive import NaiveDataParallel
 from minidp.parallel.strategy import Strategy
+from minidp.parallel.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "Checkpoint",
@@ -16,5 +17,6 @@ __all__ = [
     "NaiveDataParallel",
     "NonFiniteGradient",
     "Strategy",
+    "SyncBatchNorm",
     "measure_speeds",
 ]

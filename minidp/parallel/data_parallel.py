@@ -31,7 +31,7 @@ from minidp.parallel import norms
 from minidp.parallel.blocks import Block, Trouble, cut_blocks, find_trouble
 from minidp.parallel.buckets import make_buckets, pieces, slices
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
-from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_dtype, leaves_of
+from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_dtype, check_layers, leaves_of
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
@@ -91,6 +91,7 @@ class DataParallel(Strategy):
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         if micro_shards is not None:
             check_dtype(np.dtype(self.layout.dtype))
+            check_layers(model)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._pieces = pieces(self.layout, 0, self.layout.size)
         self._slabs, self._slices, parts = self._start(comm)
@@ -108,7 +109,6 @@ class DataParallel(Strategy):
         self._tree: Leaves | None = None
         if leaves > 1:
             self._tree = Leaves(self.layout, self._own, leaves, accumulation_steps)
-        self._dropout.rank = self.comm.rank * leaves
         if micro_shards is not None:
             self._blas = OneBlasThread()
 
@@ -158,7 +158,6 @@ class DataParallel(Strategy):
             self.layout.clear_written()
         else:
             self._tree.begin()
-            self._dropout.rank = self.comm.rank * self._leaves
 
     def backward(self, loss: Tensor, samples: int) -> None:
         super().backward(loss, samples)
@@ -168,7 +167,7 @@ class DataParallel(Strategy):
                 self._add_leaves()
             else:
                 self._tree.next()
-                self._dropout.rank = self.comm.rank * self._leaves + self._tree.current
+                self._layers.at_leaf(self._tree.current)
         if self.checksum and last:
             self._seal()
 

@@ -25,8 +25,9 @@ from weakref import finalize
 import numpy as np
 
 from minidp.comm.reduction import is_half
-from minidp.nn import Layout
+from minidp.nn import Layout, Module
 from minidp.parallel.slabs import Flat, private
+from minidp.parallel.sync_batch_norm import SyncBatchNorm
 
 
 def leaves_of(micro_shards: Any, world_size: int) -> int:
@@ -50,6 +51,16 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
             f"micro_shards with {dtype} parameters: half precision is summed in float32 across ranks, so the bits "
             'would depend on their number; train in float32 (model.astype("float32"))'
         )
+
+
+def check_layers(model: Module) -> None:
+    """Refuse layers that need all of a batch at once."""
+    for name, module in model.named_modules():
+        if isinstance(module, SyncBatchNorm):
+            raise ValueError(
+                f"micro_shards with a SyncBatchNorm ({name}): micro-shards are computed one after the other, so "
+                "none can know the others' mean. Use nn.BatchNorm1d or 2d: each micro-shard for itself, for any N"
+            )
 
 
 class OneBlasThread:

@@ -16,12 +16,13 @@ from minidp.autograd import Tensor
 from minidp.backend import array_module, asarray
 from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
-from minidp.nn import Dropout, DropoutScope, Layout, Module
+from minidp.nn import Layout, Module
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
 from minidp.parallel import checkpoint
 from minidp.parallel.agreement import agree, check_free, check_parameters, describe, owners
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
+from minidp.parallel.layer_state import LayerState
 
 StateDict = dict[str, np.ndarray]
 WHOLE = (int, np.integer)
@@ -82,11 +83,7 @@ class Strategy(ABC):
         self._backwards = self._samples = 0
         self._poison: BaseException | None = None
         self._released = False
-        # This rank's dropout masks, in the caller's own forwards as well: a function of seed, update and rank.
-        self._dropout = DropoutScope(seed=self.seed, rank=self.comm.rank)
-        for module in model.modules():
-            if isinstance(module, Dropout):
-                module.follow(self._dropout)
+        self._layers = LayerState(model, self.comm, self.seed, leaves)  # of the caller's own forwards as well
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -168,7 +165,9 @@ class Strategy(ABC):
             )
         try:
             with np.errstate(all="ignore"):  # NaN and infinity are looked for, not stumbled over
+                statistics = self._layers.gather()
                 self._reduce_and_update(self._samples)
+                self._layers.commit(statistics)
         except (NonFiniteGradient, CorruptGradient) as error:
             self._poison = error
             raise
@@ -184,7 +183,7 @@ class Strategy(ABC):
 
     def _start_step(self) -> None:
         self._backwards = self._samples = 0
-        self._dropout.begin(self.updates)
+        self._layers.begin(self.updates)
         self._start_gradients()
 
     # -- state -----------------------------------------------------------------------------------------
@@ -244,7 +243,7 @@ class Strategy(ABC):
         """Go on from values that fit, the same on every rank; ``state`` by slot and parameter. Collective."""
         self._put(model, state)
         self.updates, self.seed = updates, seed
-        self._dropout.seed = seed
+        self._layers.reseed(seed)
         self.discard()
 
     @abstractmethod
@@ -257,6 +256,7 @@ class Strategy(ABC):
         This strategy can't go on afterwards.
         """
         self.layout.release()
+        self._layers.release()
         owners.pop(self.model, None)
         self._released = True
         self._poison = RuntimeError("the strategy has been released")

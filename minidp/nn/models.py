@@ -1,0 +1,74 @@
+"""Whole models, small ones: those that the demo trains and the bench measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minidp.autograd import Tensor
+from minidp.nn.convolution import Conv2d, MaxPool2d
+from minidp.nn.layers import Embedding, Flatten, LayerNorm, Linear, ReLU, Sequential
+from minidp.nn.module import Module
+from minidp.nn.transformer import TransformerBlock
+
+
+def cnn(
+    image: tuple[int, int, int] = (1, 28, 28),
+    channels: tuple[int, ...] = (16, 32),
+    classes: int = 10,
+    seed: int = 0,
+) -> Sequential:
+    """(n, *image) → (n, classes): for each of `channels` a 3×3 convolution, ReLU, 2×2 maxima; a linear layer.
+
+    `image` is (channels, height, width). ValueError if it is halved to nothing.
+    """
+    inputs, height, width = image
+    layers: list[Module] = []
+    for outputs in channels:
+        layers += [Conv2d(inputs, outputs, 3, padding=1), ReLU(), MaxPool2d(2)]
+        inputs, height, width = outputs, height // 2, width // 2
+    if height * width == 0:
+        raise ValueError(f"cnn: images of {image[1]}×{image[2]} can't be halved {len(channels)} times")
+    return Sequential(*layers, Flatten(), Linear(inputs * height * width, classes), seed=seed)
+
+
+class GPT(Module):
+    """A language model (Radford et al. 2018): tokens (b, t) → logits (b, t, vocab_size) of what follows each.
+
+    Embeddings of tokens and of places are added, go through `num_layers` causal blocks and a last normalisation.
+
+    Args:
+        vocab_size: tokens are 0 … vocab_size − 1.
+        context: the longest sequence; t may be less.
+        embed_dim, num_heads, num_layers, dropout: of the blocks.
+        seed: of all initial values.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int = 64,
+        embed_dim: int = 128,
+        num_heads: int = 4,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.vocab_size, self.context = vocab_size, context
+        self.token_embedding = Embedding(vocab_size, embed_dim, std=0.02)
+        self.position_embedding = Embedding(context, embed_dim, std=0.02)
+        blocks = [
+            TransformerBlock(embed_dim, num_heads, dropout=dropout, activation="gelu_tanh")
+            for _ in range(num_layers)
+        ]
+        self.blocks = Sequential(*blocks)
+        self.norm = LayerNorm(embed_dim)
+        self.head = Linear(embed_dim, vocab_size)
+        self.initialize(seed)
+
+    def forward(self, tokens: Any) -> Tensor:
+        if len(tokens.shape) != 2 or tokens.shape[1] > self.context:
+            raise ValueError(f"GPT: tokens must have shape (batch, at most {self.context}), not {tokens.shape}")
+        x = self.token_embedding(tokens) + self.position_embedding(np.arange(tokens.shape[1]))
+        return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]

@@ -1,0 +1,91 @@
+"""What layers keep besides parameters, so that ranks neither differ nor depend on their number by it.
+
+Dropout: masks are functions of seed, update and rank (or micro-shard). Batch normalisation: each rank's batches
+have statistics of their own; once a step those of all ranks move every rank's running statistics alike.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minidp.backend import Array, to_numpy
+from minidp.comm import Communicator
+from minidp.nn import Dropout, DropoutScope, Module
+from minidp.nn.batch_norm import BatchNorm, combine
+
+Rows = npt.NDArray[np.float64]
+
+
+class LayerState:
+    """The layers of `model` that have such a state, for as long as a strategy trains it.
+
+    Args:
+        comm: the ranks that train together.
+        seed: of the masks, the same on all ranks.
+        leaves: micro-shards of this rank; 1 where there are none, and the rank is one itself.
+    """
+
+    def __init__(self, model: Module, comm: Communicator, seed: int, leaves: int) -> None:
+        self._comm, self._first = comm, comm.rank * leaves
+        self._masks = DropoutScope(seed, rank=self._first)
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.follow(self._masks)
+        self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+        ends = np.cumsum([1 + 2 * norm.num_features for norm in self._norms], dtype=int).tolist()
+        # A row a leaf, in it (count, μ, σ²) of each layer: what its batches of this step have been together.
+        self._rows: Rows = np.zeros((leaves, ends[-1] if ends else 0))
+        self._places = [slice(start, end) for start, end in zip([0, *ends], ends)]
+        self._leaf = 0
+        for i, norm in enumerate(self._norms):
+            norm.follow(partial(self._record, i))
+
+    def begin(self, update: int) -> None:
+        """A new step: its masks differ, and no batch has been seen."""
+        self._masks.begin(update)
+        self._rows[...] = 0
+        self.at_leaf(0)
+
+    def at_leaf(self, leaf: int) -> None:
+        """From now on forwards are those of this rank's micro-shard `leaf`."""
+        self._leaf = leaf
+        self._masks.rank = self._first + leaf
+
+    def reseed(self, seed: int) -> None:
+        self._masks.seed = seed
+
+    def gather(self) -> Rows | None:
+        """Every leaf's statistics of this step, in order of leaf; None without such layers. Collective.
+
+        Before the update, so that afterwards nobody has to be waited for: a step is whole or has not been.
+        """
+        if not self._norms:
+            return None
+        rows = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
+        self._comm.all_gather(rows, self._rows)
+        return rows
+
+    def commit(self, rows: Rows | None) -> None:
+        """Move the running statistics by those of all leaves together, summed in order of leaf."""
+        if rows is not None:
+            for norm, place in zip(self._norms, self._places):
+                norm.update_running(*combine(*_parts(rows[:, place])))
+
+    def release(self) -> None:
+        for norm in self._norms:
+            norm.follow(None)
+
+    def _record(self, layer: int, count: int, mean: Array, var: Array) -> None:
+        row = self._rows[self._leaf, self._places[layer]]
+        batch = np.concatenate([[count], to_numpy(mean), to_numpy(var)])
+        row[...] = np.concatenate([np.atleast_1d(part) for part in combine(*_parts(np.stack([row, batch])))])
+
+
+def _parts(rows: Any) -> tuple[Any, Any, Any]:
+    """Counts (k,), means (k, c) and variances (k, c) of rows (k, 1 + 2c)."""
+    c = rows.shape[1] // 2
+    return rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :]

@@ -1,0 +1,92 @@
+"""Batch normalisation over the batches of all ranks: with it N workers equal one, as without it they can't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minidp import trace
+from minidp.backend import Array, array_module, asarray, to_numpy
+from minidp.comm import Communicator
+from minidp.nn import Module
+from minidp.nn.batch_norm import BatchNorm, combine
+from minidp.nn.normalization import Pool
+
+
+class SyncBatchNorm(BatchNorm):
+    """`nn.BatchNorm` whose μ and σ² in training are those of all ranks' batches together; collective there.
+
+    Forward and backward equal those of one worker with the whole batch, for shares of any sizes, none included:
+    μ = Σ b_i μ_i / B, σ² = Σ b_i (σ_i² + (μ_i − μ)²) / B. Every rank must run the same forwards and backwards, one
+    without samples too. Losses must be weighted by samples, as strategies do. Not with ``micro_shards``, which
+    are computed one after the other.
+
+    Args:
+        num_features, eps, momentum: see `nn.BatchNorm2d`. Inputs (n, c, ...) of any number of axes.
+        comm: the ranks; a duplicate is made, collectively.
+
+    Cost of a forward: 8 (1 + 2c) bytes of each rank gathered by all; of a backward: an all-reduce of 16c bytes.
+    Source: Peng et al., "MegDet", CVPR 2018, section 3.2.
+    """
+
+    def __init__(
+        self, num_features: int, comm: Communicator, eps: float = 1e-5, momentum: float | None = 0.1
+    ) -> None:
+        super().__init__(num_features, eps, momentum)
+        self._pool = _Ranks(comm.duplicate("SyncBatchNorm"))
+
+    @classmethod
+    def convert(cls, model: Module, comm: Communicator) -> Module:
+        """Put one in place of each BatchNorm of `model`, with its parameters and buffers; returns the model.
+
+        Collective, and before a strategy is built. If the model itself is a BatchNorm, its successor is returned.
+        """
+        if isinstance(model, BatchNorm):
+            return model if isinstance(model, cls) else cls._successor(model, comm)
+        successors: dict[Module, SyncBatchNorm] = {}  # a tied layer has one
+        for module in list(model.modules()):
+            for name, child in module._children():
+                if isinstance(child, BatchNorm) and not isinstance(child, cls):
+                    if child not in successors:
+                        successors[child] = cls._successor(child, comm)
+                    setattr(module, name, successors[child])
+        return model
+
+    @classmethod
+    def _successor(cls, norm: BatchNorm, comm: Communicator) -> SyncBatchNorm:
+        new = cls(norm.num_features, comm, norm.eps, norm.momentum)
+        new.weight, new.bias, new.training = norm.weight, norm.bias, norm.training
+        for name in norm._buffers:
+            setattr(new, name, getattr(norm, name))
+        return new
+
+    def pool(self) -> Pool:
+        return self._pool
+
+
+class _Ranks:
+    """See `Pool`. Sums are in float64 and in order of rank."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+
+    def moments(self, count: int, mean: Array, var: Array) -> tuple[int, Array, Array]:
+        xp, c = array_module(mean), len(mean)
+        mine = np.concatenate([[count], to_numpy(mean), to_numpy(var)]).astype(np.float64)
+        rows = np.zeros((self._comm.world_size, len(mine)))
+        with trace.span("wait for batch statistics", "wait"):
+            self._comm.all_gather(rows, mine)
+        total, *moments = combine(rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :])
+        if total == 1:
+            raise ValueError(
+                "SyncBatchNorm: one value a channel has no variance, so a batch of one sample on all ranks "
+                "together can't be normalised: give 2 or more, or call model.eval() if this is no training"
+            )
+        return total, asarray(moments[0], xp, mean.dtype), asarray(moments[1], xp, mean.dtype)
+
+    def total(self, *sums: Array) -> tuple[Any, ...]:
+        both = np.stack([to_numpy(x) for x in sums]).astype(np.float64)
+        with trace.span("wait for batch statistics", "wait"):
+            self._comm.all_reduce(both)
+        return tuple(asarray(x, array_module(sums[0]), sums[0].dtype) for x in both)
