@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minidp.bench import allreduce, cli, jobs, leftovers, machine, roster, scaling, virtual
+from minidp.bench import allreduce, cli, jobs, leftovers, machine, roster, scaling, step, virtual
 from minidp.bench.contest import Rounds, contest
 from minidp.bench.roster import Entrant
 from minidp.bench.screen import Screen
@@ -83,7 +83,7 @@ def test_allreduce_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_scaling_alone_compares_two_workers_with_one(tmp_path: Path) -> None:
     report = run_bench(tmp_path / "out.json", "scaling", "--quick")
     check_schema(report, "scaling", 1)
-    assert [line["who"] for line in report["lines"]] == ["minidp ×1", "minidp ×2"] * 3
+    assert [line["who"] for line in report["lines"]] == ["minidp ×1", "minidp ×2"] * len(jobs.MODELS)
     for one, two in zip(report["lines"][::2], report["lines"][1::2]):
         assert "comparison" not in one
         assert two["comparison"]["what"] == "×2 / ×1"
@@ -132,7 +132,7 @@ def test_virtual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         *((f"64 ranks, {n}", who) for n in virtual.LENGTHS for who in ("ring all-reduce", "send and recv")),
         *((f"50 ranks train, {jobs.TINY.name}, 5 steps", who) for who in ("steps", "gradients", "whole run")),
         *(("500 ranks, timing only", who) for who in ("digits MLP ×5", "7e9 parameters", "ring all-reduce")),
-        *((job.name, who) for job in jobs.MODELS for who in ("minidp ×1", "minidp ×2")),
+        *((job.name, who) for job in jobs.MLPS for who in ("minidp ×1", "minidp ×2")),
     ]
     found = [
         (line["comparison"]["what"], line["comparison"]["bar"]) for line in report["lines"] if "comparison" in line
@@ -205,6 +205,22 @@ def test_two_workers_train_as_pytorch_with_mpi_does() -> None:
     with Screen() as screen, contest((roster.OURS_2, roster.TORCH_MPICH), screen) as teams:
         assert teams.missing == []
         assert set(teams.run(jobs.TINY, Rounds(1, 0.01))) == {"ours", "torch_mpich"}
+
+
+@needs_torch
+def test_images_and_text_train_as_in_pytorch() -> None:
+    """Small ones of either kind; the memory format for images sits out where there are none."""
+    small = (jobs.CNN((4, 6), 9, 5), jobs.Transformer(11, 6, 8, 2, 2, 3))
+    with Screen() as screen:
+        report = step.run(Rounds(1, 0.01), screen, small)
+    assert report.missing == []
+    assert [(line.job, line.who, line.what) for line in report.lines] == [
+        (small[0].name, "minidp ×1", "ours / eager"),
+        (small[0].name, "PyTorch eager", ""),
+        (small[0].name, "channels_last", "ours / channels_last"),
+        (small[1].name, "minidp ×1", "ours / eager"),
+        (small[1].name, "PyTorch eager", ""),
+    ]
 
 
 @pytest.mark.soak  # four processes import PyTorch

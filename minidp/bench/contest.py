@@ -50,12 +50,14 @@ class Contest:
         """How many cores' worth other processes of this machine, or other guests of its host, took meanwhile."""
         return self._neighbours.cores()
 
-    def run(self, job: Job, rounds: Rounds) -> dict[str, list[float]]:
-        """Seconds per repetition of ``job`` in every round, by team."""
+    def run(self, job: Job, rounds: Rounds, without: Sequence[Entrant] = ()) -> dict[str, list[float]]:
+        """Seconds per repetition of ``job`` in every round, by team; some may sit out."""
+        resting = {entrant.key for entrant in without}
+        teams = {key: team for key, team in self.teams.items() if key not in resting}
         self._screen.phase(f"{job.name}: preparing")
-        _check_agreement(self.teams, {key: team.prepare(job) for key, team in self.teams.items()})
-        self._screen.phase(job.name, rounds.pairs * len(self.teams))
-        return measure.compare(self.teams, rounds.pairs, rounds.burst_s, self._screen.tick)
+        _check_agreement(teams, {key: team.prepare(job) for key, team in teams.items()})
+        self._screen.phase(job.name, rounds.pairs * len(teams))
+        return measure.compare(teams, rounds.pairs, rounds.burst_s, self._screen.tick)
 
 
 @contextmanager

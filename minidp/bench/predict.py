@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from minidp.bench.contest import Rounds, contest
-from minidp.bench.jobs import MODELS, Training
+from minidp.bench.jobs import MLPS, Training
 from minidp.bench.measure import Bar, Figure
 from minidp.bench.peers.ours import strategy_of
 from minidp.bench.report import Line
@@ -27,7 +27,7 @@ def predicted_s(job: Training, cluster: Cluster, workers: int) -> float:
 
 
 def run(
-    rounds: Rounds, screen: Screen, calibration_s: float, models: Sequence[Training] = MODELS
+    rounds: Rounds, screen: Screen, calibration_s: float, models: Sequence[Training] = MLPS
 ) -> tuple[list[Line], float | None]:
     """A line for each model and number of workers, and what other processes took while steps were timed, in cores.
 

@@ -65,10 +65,11 @@ def mpiexec() -> str | None:
 _TORCH = "python -m pip install torch==2.13.0"
 _MPI = "python -m pip install mpi4py mpich"
 
-OURS_1 = Entrant("minidp ×1", "ours", "ours_1", "ours", 1)
+OURS_1 = Entrant("minidp ×1", "ours", "ours_1", "ours", 1, launch="one")
 OURS_2 = Entrant("minidp ×2", "ours", "ours", "ours", 2, launch="one")
 SLAB = Entrant("minidp slab", "slab", "slab", "slab", 2, launch="one")
 EAGER = Entrant("PyTorch eager", "eager", "torch", "eager", 1, ("torch",), _TORCH)
+CHANNELS_LAST = Entrant("channels_last", "channels_last", "channels_last", "channels_last", 1, ("torch",), _TORCH)
 DDP = Entrant("PyTorch DDP", "DDP", "ddp", "ddp", 2, ("torch",), _TORCH)
 GLOO = Entrant("gloo", "gloo", "gloo", "ddp", 2, ("torch",), _TORCH)
 MPICH = Entrant("MPICH", "MPICH", "mpich", "mpich", 2, ("mpi4py", "mpich"), _MPI, "mpiexec")

@@ -118,6 +118,7 @@ class TransformerBlock(Module):
         self.norm1, self.norm2 = LayerNorm(embed_dim), LayerNorm(embed_dim)
         self.activation = ACTIVATIONS[activation]()
         self.dropout, self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout), Dropout(dropout)
+        self.initialize(0)
 
     def forward(self, x: Any) -> Tensor:
         x = x + self.dropout1(self.self_attn(self.norm1(x)))

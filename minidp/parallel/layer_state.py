@@ -47,7 +47,8 @@ class LayerState:
     def begin(self, update: int) -> None:
         """A new step: its masks differ, and no batch has been seen."""
         self._masks.begin(update)
-        self._rows[...] = 0
+        if self._norms:
+            self._rows[...] = 0
         self.at_leaf(0)
 
     def at_leaf(self, leaf: int) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
-from minidp.bench.jobs import LEARNING_RATE, Training
+from minidp.bench.jobs import CNN, LEARNING_RATE, MLP, Training, Transformer
 from minidp.bench.peers.serve import Contestant, leave, serve
 
 torch: Any = import_module("torch")  # untyped here, so that mypy says the same with and without PyTorch
@@ -18,13 +19,33 @@ def limit_threads() -> None:
 
 def build(job: Training, rank: int) -> tuple[Any, Any, Any]:
     """The model with the job's weights, and the rank's batch (x, y)."""
-    layers: list[Any] = []
-    for inputs, outputs in zip(job.widths, job.widths[1:]):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1])
+    model: Any
+    match job:
+        case MLP(widths):
+            layers: list[Any] = []
+            for inputs, outputs in pairwise(widths):
+                layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+            model = torch.nn.Sequential(*layers[:-1])
+        case CNN(channels, side):
+            model = cnn(channels, side, job.classes)
+        case Transformer():
+            from minidp.bench.peers.gpt import GPT
+
+            model = GPT(job)
+        case _:
+            raise TypeError(f"nobody knows how to build {job}")
     model.load_state_dict({name: torch.from_numpy(array) for name, array in job.state().items()})
     x, y = job.batch_of(rank)
     return model, torch.from_numpy(x), torch.from_numpy(y)
+
+
+def cnn(channels: tuple[int, ...], side: int, classes: int) -> Any:
+    """What ``nn.cnn`` is, in PyTorch."""
+    inputs, layers = 1, []
+    for outputs in channels:
+        layers += [torch.nn.Conv2d(inputs, outputs, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        inputs, side = outputs, side // 2
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(inputs * side * side, classes))
 
 
 def training_step(model: Any, x: Any, y: Any, exchange: Callable[[], object] | None = None) -> Callable[[], Any]:
@@ -34,7 +55,8 @@ def training_step(model: Any, x: Any, y: Any, exchange: Callable[[], object] | N
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        loss = cross_entropy(model(x), y)
+        logits = model(x)
+        loss = cross_entropy(logits.flatten(0, -2), y.flatten())  # classes last: of text, too
         loss.backward()
         if exchange is not None:
             exchange()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,26 @@ import threadpoolctl
 
 import minidp
 from minidp import nn, optim, parallel
-from minidp.bench.jobs import LEARNING_RATE, AllReduce, Training
+from minidp.bench.jobs import CNN, LEARNING_RATE, MLP, AllReduce, Training, Transformer
 from minidp.bench.peers.serve import Contestant, serve
-from minidp.comm import Communicator, comm_self
+from minidp.comm import Communicator
 
 
 def model_of(job: Training) -> nn.Module:
-    """The job's MLP with its initial weights."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in zip(job.widths, job.widths[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
+    """The job's model with its initial weights."""
+    model: nn.Module
+    match job:
+        case MLP(widths):
+            layers: list[nn.Module] = []
+            for inputs, outputs in pairwise(widths):
+                layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+            model = nn.Sequential(*layers[:-1])
+        case CNN(channels, side):
+            model = nn.cnn((1, side, side), channels, job.classes)
+        case Transformer():
+            model = job.model()
+        case _:
+            raise TypeError(f"nobody knows how to build {job}")
     model.load_state_dict(job.state())
     return model
 
@@ -62,11 +72,8 @@ class Ours(Contestant):
 
 
 def main(socket: str, world_size: int) -> None:
-    """One rank in this process, or ``world_size`` that it starts."""
-    if world_size == 1:
-        serve(Ours(comm_self()), socket)
-    else:
-        minidp.spawn(_rank, world_size, socket, blas_threads=1, progress=False)
+    """Ranks as users have them, a single one too: in processes that ``spawn`` starts."""
+    minidp.spawn(_rank, world_size, socket, blas_threads=1, progress=False)
 
 
 def _rank(comm: Communicator, socket: str) -> None:
