@@ -14,14 +14,18 @@ from typing import Any
 
 import pytest
 
+from minidp.data.fashion_mnist import FOLDER
+
 OPTIONS = (
     *("--workers", "--epochs", "--global-batch-size", "--lr", "--optimizer", "--naive", "--balance", "--json"),
     *("--trace", "--world", "--straggler", "--flops", "--bandwidth", "--latency", "--jitter", "--topology"),
-    *("--ranks-per-node", "--plot", "--micro-shards", "--save", "--resume"),
+    *("--ranks-per-node", "--plot", "--micro-shards", "--save", "--resume", "--model", "--dataset", "--until"),
 )
 PARAMETERS = 64 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10
 STEPS_AN_EPOCH = 6  # ⌈1437 / 256⌉
 FIGURES = {
+    "model": str,
+    "dataset": str,
     "world": str,
     "workers": int,
     "cores": int,
@@ -271,9 +275,9 @@ def test_help_explains_each_option() -> None:
         "Chrome trace",
         "perfetto",
         "learning rate η",
-        "default: momentum",
-        "default: 20",
-        "default: 256",
+        "default: momentum for an MLP",
+        "default: 20 for an MLP",
+        "default: 256 for an MLP",
     ):
         assert word in out
     assert "real handwritten digits" in " ".join(out.split())
@@ -316,6 +320,14 @@ def test_help_explains_each_option() -> None:
         (["--resume"], "--resume: give a folder, or --save FOLDER as well"),
         (["--resume", "/no such folder"], "there is no checkpoint; --save /no such folder writes some"),
         (["--save", "/dev/null"], "--save /dev/null: this is a file, give a folder"),
+        (["--model", "rnn"], "invalid choice: 'rnn'"),
+        (
+            ["--model", "transformer", "--dataset", "digits"],
+            "--model transformer can't learn --dataset digits: give",
+        ),
+        (["--model", "cnn", "--dataset", "text"], "give it digits or fashion-mnist"),
+        (["--until", "0"], "--until: give a test accuracy in percent, such as 90"),
+        (["--until", "90", "--trace", "t.json"], "--until only trains: without --trace"),
         (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -331,6 +343,72 @@ def test_bad_arguments(options: list[str], says: str, capsys: pytest.CaptureFixt
     assert out == ""
     assert says in err.splitlines()[-1]
     assert "usage: python -m minidp.demo" in err
+
+
+def test_a_cnn_on_digits(tmp_path: Path) -> None:
+    code, out, err = demo("--model", "cnn", "--workers", "2", "--epochs", "3", "--json", str(tmp_path / "figures"))
+    assert (code, err) == (0, "")
+    result = figures(tmp_path / "figures")
+    assert (result["model"], result["dataset"], result["optimizer"], result["lr"]) == (
+        "cnn",
+        "digits",
+        "adam",
+        0.002,
+    )
+    assert result["test_accuracy"] > 0.7
+    assert "a CNN, 3×3, channels 1-32-64: 21,386 parameters" in out
+
+
+def test_a_transformer_writes(tmp_path: Path) -> None:
+    """On a fast virtual cluster, where an epoch of a few steps is enough to see that all is there."""
+    options = ("--model", "transformer", "--global-batch-size", "800", "--epochs", "1", "--workers", "2")
+    code, out, err = demo(*options, "--world", "virtual", "--json", str(tmp_path / "figures"))
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "figures").read_text())
+    assert (result["model"], result["dataset"], result["steps"]) == ("transformer", "text", 4)
+    assert result["loss"] < 4.17, "less than of guessing among 65 characters"
+    assert result["step_s"] == pytest.approx(result["predicted_step_s"], rel=0.02)
+    assert len(set(result["sha256"].values())) == 1
+    written = out.split("It writes, from 'Ham.' on, a character at a time:")[1].split("The last step")[0]
+    assert written.strip().startswith("Ham.")
+    assert len("".join(written.split())) > 200
+
+
+@pytest.mark.parametrize(("until", "code"), [("50", 0), ("100", 1)])
+def test_until_an_accuracy(until: str, code: int, tmp_path: Path) -> None:
+    options = ("--until", until, "--epochs", "4", "--workers", "2", "--json", str(tmp_path / "figures"))
+    status, out, err = demo(*options)
+    assert (status, err) == (code, "")
+    result = json.loads((tmp_path / "figures").read_text())
+    assert result["reached"] is (code == 0) is (result["test_accuracy"] >= result["until"])
+    assert result["epochs"] <= 4 if code == 0 else result["epochs"] == 4
+    assert result["steps"] == STEPS_AN_EPOCH * result["epochs"]
+    assert 0 < result["training_s"] < result["whole_s"]
+    assert f"how long do 2 workers take to {until}% test accuracy?" in out
+    said = f"test accuracy {result['test_accuracy']:.2%} after {result['epochs']} epoch"
+    assert ("Reached: " if code == 0 else f"Not reached ({until}%): ") + said in out
+    assert f"trained for {result['training_s']:.1f} s" in out
+
+
+@pytest.mark.skipif(not Path(FOLDER).is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist() -> None:
+    options = ("--model", "cnn", "--dataset", "fashion-mnist", "--until", "60", "--epochs", "1", "--workers", "2")
+    code, out, err = demo(*options)
+    assert (code, err) == (0, "")
+    assert "60000 pictures of clothes, 28×28 pixels, to learn from; 10000 to test" in out
+
+
+def test_a_dataset_that_is_not_there_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minidp.data import fashion_mnist
+    from minidp.demo.__main__ import main
+
+    monkeypatch.setattr(fashion_mnist, "FOLDER", "/no such folder")
+    with pytest.raises(SystemExit) as caught:
+        main(["--dataset", "fashion-mnist"])
+    assert caught.value.code == 2
+    assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_says_what_to_do() -> None:

@@ -8,14 +8,15 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 from rich.console import Console
 
 import minidp
 from minidp import parallel, trace
-from minidp.demo import report
+from minidp.demo import goal, report
 from minidp.demo.options import parse
 from minidp.demo.predict import predicted_step_s
-from minidp.demo.train import DEFAULT_LR, Job, Result, fingerprint, train
+from minidp.demo.train import Job, Result, fingerprint, train
 from minidp.launch import cores
 from minidp.sim import Cluster, calibrate
 
@@ -24,38 +25,46 @@ WEAK_EPOCHS = 6
 MICRO_SHARDS, FEW_UPDATES = 8, 20  # of the runs that end the demo, to compare bits
 CALIBRATION_S = 2.0  # a bar in the picture of a demo, not a measurement to publish
 
+Runs = tuple[report.Outcome, list[trace.Event], dict[str, np.ndarray]]
+"""Figures, events of all of the workers' ranks, and the workers' w."""
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console()
     logging.getLogger("minidp.launch").setLevel(logging.ERROR)  # the demo says itself what there is to say
     logging.getLogger("minidp.sim").setLevel(logging.ERROR)
-    lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
     job = Job(
         args.epochs,
         args.global_batch_size,
         args.optimizer,
-        lr,
+        args.lr,
         args.naive,
+        task=args.task,
         balance=args.balance,
         micro_shards=args.micro_shards,
         save=args.save,
         resume=args.resume,
+        until=None if args.until is None else args.until / 100,
     )
     if args.cluster is not None:
         # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
-        job = replace(job, hidden=(128,))
+        job = replace(job, task=replace(args.task, hidden=(128,)))
     report.introduce(console, job, args.workers, cores(), args.cluster)
     try:
-        result, events = (in_processes if args.cluster is None else virtually)(args, job)
+        if job.until is not None:
+            return goal.reach(console, args, job)
+        result, events, state = (in_processes if args.cluster is None else virtually)(args, job)
         result = replace(result, sha256=fingerprints(args.world, job))
     except minidp.RankFailed as failed:
         if not isinstance(failed.__cause__, parallel.NonFiniteGradient):
             raise
         error = failed.__cause__
-        console.print(f"The training diverged at step {error.step}: try a smaller --lr than {lr:g}.\n{error}")
+        console.print(f"The training diverged at step {error.step}: try a smaller --lr than {job.lr:g}.\n{error}")
         return 1
-    report.show(console, result)
+    report.show(console, result, job.task)
+    if job.task.model == "transformer":
+        report.show_writing(console, state)
     if args.cluster is not None:
         report.show_timeline(console, events, args.cluster)
     if args.plot:
@@ -72,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def in_processes(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Event]]:
+def in_processes(args: Namespace, job: Job) -> Runs:
     """Timed on this machine, beside what its calibration predicts."""
     machine = replace(calibrate(CALIBRATION_S), nodes=max(2, args.workers))
 
@@ -81,21 +90,22 @@ def in_processes(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.
 
     one: list[Result] = []
     many: list[Result] = []
-    for _ in range(1 if job.save or job.resume else ROUNDS):  # a second round would go on from the first one's end
+    # With checkpoints a second round would go on from the first one's end.
+    for _ in range(1 if job.save or job.resume or job.task.large else ROUNDS):
         one.append(run(1, job.alone())[0])
         results = run(args.workers, replace(job, record=args.trace is not None))
         many.append(results[0])
-    copies, epochs = args.workers, min(args.epochs, WEAK_EPOCHS)
+    copies, epochs = args.workers, min(args.epochs, 1 if job.task.large else WEAK_EPOCHS)
     weak_job = replace(job.alone(), copies=copies, global_batch_size=copies * job.global_batch_size, epochs=epochs)
     weak = run(args.workers, weak_job)[0]
     speedup_weak = args.workers * report.steps_per_s([weak]) / report.steps_per_s(one)
     outcome = report.outcome(
         "process", job, args.workers, cores(), one, many, speedup_weak, predict(args, job, machine)
     )
-    return outcome, [event for result in results for event in result.events]
+    return outcome, [event for result in results for event in result.events], many[0].state
 
 
-def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Event]]:
+def virtually(args: Namespace, job: Job) -> Runs:
     """Timed on the virtual clock, where one run is as good as many."""
     cluster: Cluster = args.cluster
     one = minidp.spawn(train, 1, job.alone(), world="virtual", cluster=_alone(cluster))
@@ -104,15 +114,16 @@ def virtually(args: Namespace, job: Job) -> tuple[report.Outcome, list[trace.Eve
     speedup_weak = args.workers * report.step_s(one) / predicted_step_s(weak_job, args.workers, cluster)
     predicted = predict(args, job, cluster)
     outcome = report.outcome("virtual", job, args.workers, cores(), one, many[:1], speedup_weak, predicted)
-    return outcome, [event for result in many for event in result.events]
+    return outcome, [event for result in many for event in result.events], many[0].state
 
 
 def fingerprints(world: str, job: Job) -> dict[int, str]:
     """What a few updates with micro-shards end at, with 1, 2 and 4 workers."""
     shards = job.micro_shards or MICRO_SHARDS
     job = replace(job.alone(), naive=False, micro_shards=shards)
+    updates = FEW_UPDATES if job.task.model == "mlp" else FEW_UPDATES // 4
     return {
-        workers: minidp.spawn(fingerprint, workers, job, FEW_UPDATES, world=world, progress=False)[0]
+        workers: minidp.spawn(fingerprint, workers, job, updates, world=world, progress=False)[0]
         for workers in (1, 2, 4)
         if shards % workers == 0
     }

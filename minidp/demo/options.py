@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minidp.data import load_digits
-from minidp.demo.train import OPTIMIZERS
+from minidp.demo.tasks import FITTING, MODELS, Task
+from minidp.demo.train import DEFAULT_LR, OPTIMIZERS
 from minidp.launch import cores
 from minidp.parallel.checkpoint_files import files, updates_of
 from minidp.parallel.micro_shards import leaves_of
@@ -28,6 +28,7 @@ _CLUSTER: dict[str, Any] = {
     "plot": None,
 }
 PICTURES = (".png", ".svg", ".pdf")
+MOST_EPOCHS = 30  # with --until
 _OP_OVERHEAD_S = 2e-6  # of a small array operation, as on a usual processor
 
 
@@ -35,21 +36,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; ``args.cluster`` is the Cluster of a virtual world, else None."""
     parser = argparse.ArgumentParser(
         prog="python -m minidp.demo",
-        description="Train the same model on real handwritten digits with 1 worker and with N: how much faster "
-        "are N, what do they send, and do they end at the same parameters? With worker processes on this machine, "
-        "or on a virtual cluster of any size.",
+        description="Train the same model with 1 worker and with N, on real handwritten digits unless told "
+        "otherwise: how much faster are N, what do they send, and do they end at the same parameters? With worker "
+        "processes on this machine, or on a virtual cluster of any size.",
     )
     add = parser.add_argument
     add("--workers", type=int, default=cores(), help="N, the workers (default: the cores, %(default)s)")
-    add("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
     add(
-        "--global-batch-size",
-        type=int,
-        default=256,
-        help="B, samples a step over all workers (default: %(default)s)",
+        "--model", choices=MODELS, help="an MLP, a small CNN, or a transformer that learns to write (default: mlp)"
     )
-    add("--lr", type=float, help="learning rate η (default: depends on the optimizer)")
-    add("--optimizer", choices=OPTIMIZERS, default="momentum", help="update rule (default: %(default)s)")
+    add(
+        "--dataset",
+        choices=FITTING,
+        help="handwritten digits or pictures of clothes for mlp and cnn, a play for the transformer (default: "
+        "digits, or text)",
+    )
+    add("--epochs", type=int, help="passes over the training data (default: 20 for an MLP on digits)")
+    add("--global-batch-size", type=int, help="B, samples a step over all workers (default: 256 for an MLP)")
+    add("--lr", type=float, help="learning rate η (default: depends on optimizer and model)")
+    add("--optimizer", choices=OPTIMIZERS, help="update rule (default: momentum for an MLP, else adam)")
+    add(
+        "--until",
+        type=float,
+        metavar="PERCENT",
+        help="only train, with N workers, and end after the epoch that reaches this test accuracy: how long does "
+        f"it take? (--epochs, here {MOST_EPOCHS} by default, is the most)",
+    )
     add(
         "--naive",
         action="store_true",
@@ -101,9 +113,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1)")
     add("--plot", type=Path, metavar="FILE", help="draw the timeline of two steps to FILE (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
+    _choose_task(parser, args)
     _check(parser, args)
     args.cluster = _cluster(parser, args)
     return args
+
+
+def _choose_task(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """``args.task``, and what it makes the usual values of other options."""
+    model, dataset = args.model, args.dataset
+    dataset = dataset or ("text" if model == "transformer" else "digits")
+    model = model or FITTING[dataset][0]
+    if model not in FITTING[dataset]:
+        fitting = [name for name, models in FITTING.items() if model in models]
+        parser.error(f"--model {model} can't learn --dataset {dataset}: give it {' or '.join(fitting)}")
+    args.task = task = Task(model, dataset)
+    try:
+        args.samples = len(task.load()[0])
+    except (OSError, ValueError) as error:
+        parser.error(f"--dataset {dataset}: {error}")
+    usual = task.defaults
+    args.optimizer = args.optimizer or usual.optimizer
+    if args.lr is None:
+        args.lr = usual.lr if args.optimizer == usual.optimizer else DEFAULT_LR[args.optimizer]
+    if args.epochs is None:
+        args.epochs = usual.epochs if args.until is None else MOST_EPOCHS
+    if args.global_batch_size is None:
+        args.global_batch_size = usual.global_batch_size
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -119,7 +155,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             leaves_of(args.micro_shards, args.workers)
         except ValueError as error:
             parser.error(f"--{str(error).replace('_', '-', 1)}")
-    if args.lr is not None and not 0 < args.lr < math.inf:
+    if args.until is not None:
+        if not 0 < args.until <= 100:
+            parser.error("--until: give a test accuracy in percent, such as 90")
+        given = [name for name in ("trace", "plot") if getattr(args, name) is not None]
+        if given:
+            parser.error(f"--until only trains: without --{given[0]}")
+    if not 0 < args.lr < math.inf:
         parser.error("--lr must be positive and finite")
     for name, path in (("json", args.json), ("trace", args.trace), ("plot", args.plot)):  # now, not afterwards
         if path is not None and path.is_dir():
@@ -138,7 +180,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         found = files(args.resume) if args.resume.is_dir() else []
         if not found:
             parser.error(f"--resume {args.resume}: there is no checkpoint; --save {args.resume} writes some")
-        steps = args.epochs * -(-len(load_digits()[0]) // args.global_batch_size)
+        steps = args.epochs * -(-args.samples // args.global_batch_size)
         if updates_of(found[0]) >= steps:
             parser.error(f"--resume {args.resume}: all {steps} steps are made already: give more --epochs")
     nodes = [node for node, _ in args.straggler or ()]

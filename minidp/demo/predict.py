@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from minidp import data
 from minidp.demo.train import Job
 from minidp.nn import functional as F
 from minidp.parallel.timing import rehearse, replay
@@ -13,7 +12,7 @@ from minidp.sim import Cluster
 
 def predicted_step_s(job: Job, workers: int, cluster: Cluster) -> float:
     """Seconds of a step, the mean over an epoch, whose last batch may be short."""
-    train_set, _ = data.load_digits()
+    train_set, _ = job.task.load()
     full, rest = divmod(len(train_set) * job.copies, job.global_batch_size)
     times = []
     for batch, count in ((job.global_batch_size, full), (rest, int(rest > 0))):

@@ -11,12 +11,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from minidp import data, nn
+from minidp.demo.tasks import Task
 from minidp.demo.train import Job, Result
 from minidp.sim import Cluster
 from minidp.trace import Event, as_text
 from minidp.trace.lanes import time_unit
 
 LANES = 8  # of a timeline in the terminal
+ALIKE = 0.05  # relative, of losses after steps that rounding has driven apart
+WRITTEN, PROMPT = 500, "Ham.\n"  # characters that a transformer writes, and what it goes on from
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Outcome:
     virtual cluster. None where it can't tell (balanced shares).
     """
 
+    model: str
+    dataset: str
     world: str
     workers: int
     cores: int
@@ -87,6 +93,8 @@ def outcome(
 ) -> Outcome:
     single, several = steps_per_s(one), steps_per_s(many)
     return Outcome(
+        model=job.task.model,
+        dataset=job.task.dataset,
         world=world,
         workers=workers,
         cores=cores,
@@ -117,14 +125,17 @@ def outcome(
 
 
 def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Cluster | None) -> None:
-    size = sum(p.size for p in job.model().parameters())
+    samples, model = job.task.describe()
     shares = " + ".join(f"n_{i}" for i in range(1, min(workers, 3) + 1)) + (" + …" if workers > 3 else "")
+    question = f"do {workers} worker{'s' * (workers > 1)} equal one, and how much faster?"
+    if job.until is not None:
+        question = f"how long do {workers} worker{'s' * (workers > 1)} take to {100 * job.until:g}% test accuracy?"
     momentum = ", momentum 0.9" if job.optimizer == "momentum" else ""
     rule = "w ← w − η ∇L" if job.optimizer in ("sgd", "momentum") else job.optimizer.capitalize()
     console.print(
-        f"[bold]minidp[/]: do {workers} worker{'s' * (workers > 1)} equal one, and how much faster?\n\n"
-        "  D     1437 handwritten digits, 8×8 pixels, to learn from; 360 others to test\n"
-        f"  w     an MLP {'-'.join(map(str, (64, *job.hidden, 10)))}: {size:,} parameters, on every worker\n"
+        f"[bold]minidp[/]: {question}\n\n"
+        f"  D     {samples}\n"
+        f"  w     {model}\n"
         f"  step  B = {job.global_batch_size} samples are cut into {shares} = B; worker i computes\n"
         "        ∇L_i on its own n_i samples; then, all together,\n"
         f"        [bold]∇L = Σ n_i ∇L_i / Σ n_i[/]   and   [bold]{rule}[/]   (η = {job.lr:g}{momentum})\n",
@@ -151,7 +162,7 @@ def _describe(cluster: Cluster) -> str:
     )
 
 
-def show(console: Console, result: Outcome) -> None:
+def show(console: Console, result: Outcome, task: Task) -> None:
     threads = "one BLAS thread a worker" if result.world == "process" else "on the virtual clock"
     more = "" if result.resumed_at is None else "more "
     table = Table(
@@ -179,18 +190,24 @@ def show(console: Console, result: Outcome) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(explain(result), highlight=False)
+    console.print(explain(result, task.classes), highlight=False)
 
 
-def explain(result: Outcome) -> str:
+def explain(result: Outcome, classes: int) -> str:
+    """What the figures mean; the model guesses among so many ``classes``."""
     workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
-    chance = math.log(10)  # the loss of guessing among ten digits
+    chance = math.log(classes)  # the loss of guessing
     if not max(result.loss, result.loss_one_worker) < chance:
         same = f"[yellow]Neither learnt: η = {result.lr:g} is too large, so rounding grows with each step.[/]"
     elif result.micro_shards is not None and result.relative_difference == 0:
         same = f"{workers} and one end at the same w, to the last bit."
     elif result.relative_difference < 1e-3 and result.micro_shards is None:
         same = f"{workers} and one end at the same w, but for float32's rounding of sums."
+    elif abs(result.loss / result.loss_one_worker - 1) < ALIKE and result.micro_shards is None:
+        same = (
+            f"{workers} and one began at the same w; float32's rounding of sums has grown with each of "
+            f"{result.steps} steps.\nThe losses still are alike; and with --micro-shards 8 not a bit of w differs."
+        )
     else:
         same = "[red]The two ended at different w: this should not happen; please report it.[/]"
     if result.speedup_strong > 1:
@@ -249,6 +266,16 @@ def seconds(value: float | None) -> str:
         return "–"
     unit_s, unit = time_unit(value, digits=3)
     return f"{value / unit_s:.3g} {unit}"
+
+
+def show_writing(console: Console, state: dict[str, np.ndarray]) -> None:
+    """What the transformer writes by itself, with the workers' w."""
+    train_set, _ = data.load_text()
+    model = nn.GPT(len(train_set.vocabulary))
+    model.load_state_dict(state)
+    written = model.generate(train_set.encode(PROMPT), WRITTEN, temperature=0.8)
+    console.print(f"\n[bold]It writes[/], from {PROMPT.strip()!r} on, a character at a time:\n", highlight=False)
+    console.print(train_set.decode(written), style="italic", highlight=False, markup=False)
 
 
 def as_dict(result: Outcome) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from minidp import data, nn, no_grad, optim, parallel, trace
 from minidp.comm import Communicator
+from minidp.demo.tasks import Task
 from minidp.nn import functional as F
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
@@ -36,29 +37,30 @@ class Job:
     naive: bool
     copies: int = 1
     record: bool = False
-    hidden: tuple[int, ...] = (1024, 1024)
+    task: Task = field(default_factory=Task)
     balance: bool = False
     micro_shards: int | None = None
     save: Path | None = None
     """Where a checkpoint is written after each epoch."""
     resume: Path | None = None
     """A folder of checkpoints: go on from the newest."""
+    until: float | None = None
+    """End after the first epoch with this test accuracy."""
 
     def alone(self) -> Job:
         """The same for who shares with nobody, and neither keeps nor uses checkpoints."""
         return replace(self, balance=False, save=None, resume=None)
 
-    def model(self) -> nn.Sequential:
-        """An MLP of these hidden sizes, the same on every rank."""
-        layers: list[nn.Module] = []
-        sizes = (64, *self.hidden, 10)
-        for inputs, outputs in pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        return nn.Sequential(*layers[:-1], seed=0)
+    def load(self) -> tuple[data.ArrayDataset, data.ArrayDataset]:
+        """(train, test), the former so many times over."""
+        train_set, test_set = self.task.load()
+        if self.copies > 1:
+            train_set = data.ArrayDataset(*(np.concatenate([a] * self.copies) for a in train_set.arrays))
+        return train_set, test_set
 
     def strategy(self, comm: Communicator) -> parallel.Strategy:
         """Model, optimizer and strategy: the same w everywhere."""
-        model = self.model()
+        model = self.task.build()
         optimizer = OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr)
         if self.naive:
             return parallel.NaiveDataParallel(model, optimizer, comm)
@@ -83,8 +85,7 @@ class Result:
 
 
 def train(comm: Communicator, job: Job) -> Result:
-    train_set, test_set = data.load_digits()
-    train_set = data.ArrayDataset(*(np.concatenate([a] * job.copies) for a in train_set.arrays))
+    train_set, test_set = job.load()
     strategy = job.strategy(comm)
     weights = None
     if job.balance:
@@ -108,9 +109,15 @@ def train(comm: Communicator, job: Job) -> Result:
                 loss = strategy.forward_backward(x, y, F.cross_entropy)  # ∇L_i
                 strategy.step()  # ∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; sync
             epoch_s.append(comm.now() - start)
-            comm.progress(strategy.updates, total, f"epoch {epoch + 1}, loss {float(loss):.3f}")
+            note = f"epoch {epoch + 1}, loss {float(loss):.3f}"
             if job.save is not None:
                 strategy.save(job.save)
+            if job.until is not None:
+                _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
+                note += f", test accuracy {correct / count:.1%}"
+            comm.progress(strategy.updates, total, note)
+            if job.until is not None and correct / count >= job.until:
+                break
     loss_sum, _, seen = evaluate(comm, strategy.model, train_set, strategy.shard)
     _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
     state = strategy.state_dict()  # collective: every rank calls it
@@ -129,7 +136,7 @@ def train(comm: Communicator, job: Job) -> Result:
 
 def fingerprint(comm: Communicator, job: Job, updates: int) -> str:
     """The SHA-256 of w after a few updates: of all parameters, in the order of their names."""
-    train_set, _ = data.load_digits()
+    train_set, _ = job.load()
     strategy = job.strategy(comm)
     loader = data.DataLoader(
         train_set, global_batch_size=job.global_batch_size, shard=strategy.shard, shuffle=True, seed=0
@@ -153,13 +160,15 @@ def share(dataset: data.ArrayDataset, job: Job, workers: int) -> tuple[np.ndarra
 def evaluate(
     comm: Communicator, model: nn.Module, dataset: data.ArrayDataset, shard: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """(sum of losses, correct, count). Each rank evaluates its shard, unpadded; the sums are all-reduced."""
+    """(sum of losses, correct, count) of labels. Each rank evaluates its shard, unpadded; sums are all-reduced."""
     tally = np.zeros(3)
     loader = data.DataLoader(dataset, global_batch_size=256, shard=shard)
+    model.eval()
     with no_grad():
         for x, y in loader.epoch(0):
             scores: Any = model(x)
             loss = float(F.cross_entropy(scores, y))
-            tally += [loss * len(x), (scores.numpy().argmax(axis=1) == y).sum(), len(x)]
+            tally += [loss * y.size, (scores.numpy().argmax(axis=-1) == y).sum(), y.size]
+    model.train()
     comm.all_reduce(tally)
     return float(tally[0]), float(tally[1]), float(tally[2])

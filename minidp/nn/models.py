@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minidp.autograd import Tensor
+from minidp.autograd import Tensor, no_grad
+from minidp.backend import generator
 from minidp.nn.convolution import Conv2d, MaxPool2d
 from minidp.nn.layers import Embedding, Flatten, LayerNorm, Linear, ReLU, Sequential
 from minidp.nn.module import Module
@@ -72,3 +73,29 @@ class GPT(Module):
             raise ValueError(f"GPT: tokens must have shape (batch, at most {self.context}), not {tokens.shape}")
         x = self.token_embedding(tokens) + self.position_embedding(np.arange(tokens.shape[1]))
         return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
+
+    def generate(self, tokens: Any, count: int, temperature: float = 1.0, seed: int = 0) -> np.ndarray:
+        """`tokens` (t,), at least one, and `count` more of the model's own: int64 (t + count,), on the host.
+
+        Each is drawn from softmax(logits / temperature), the same by the same seed; temperature 0 takes the
+        likeliest. The model looks at no more than the last `context` tokens, and evaluates (no dropout).
+        """
+        written = np.asarray(tokens, dtype=np.int64)
+        if written.ndim != 1 or not len(written):
+            raise ValueError(
+                f"generate: tokens of shape {written.shape}: give one sequence (t,) to go on from, t ≥ 1"
+            )
+        if temperature < 0 or count < 0:
+            raise ValueError(f"generate: temperature={temperature}, count={count}: give 0 or more")
+        rng, mode = generator(seed, "generate"), self.training
+        self.eval()
+        try:
+            with no_grad():
+                for _ in range(count):
+                    logits = self(written[None, -self.context :]).numpy()[0, -1].astype(np.float64)
+                    # argmax of logits / T + Gumbel noise is a draw from softmax(logits / T), for T = 0 too.
+                    noise = temperature * rng.gumbel(size=self.vocab_size)
+                    written = np.append(written, (logits + noise).argmax())
+        finally:
+            self.train(mode)
+        return written
