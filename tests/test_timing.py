@@ -30,6 +30,8 @@ CASES: list[tuple[str, str, Options]] = [
     ("DataParallel", "momentum", {"bucket_cap_mb": 0.002}),
     ("DataParallel", "adam", {"bucket_cap_mb": 0, "clip_norm": 0.1, "accumulation_steps": 2}),
     ("NaiveDataParallel", "adam", {"clip_norm": 0.1}),
+    ("DataParallel", "sgd", {"norm": "local"}),
+    ("DataParallel", "sgd", {"norm": "synchronised"}),
 ]
 # Computing and communication take about as long: neither hides the other.
 MACHINE: Options = {
@@ -63,12 +65,18 @@ def clusters(p: int) -> dict[str, Cluster]:
 CLUSTERS = list(clusters(1))
 
 
-def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 30), nn.GELU(), nn.Linear(30, 3), seed=0)
+def model(norm: str | None = None) -> nn.Module:
+    middle = [nn.BatchNorm1d(40)] if norm else []
+    return nn.Sequential(
+        nn.Linear(6, 40), *middle, nn.Tanh(), nn.Linear(40, 30), nn.GELU(), nn.Linear(30, 3), seed=0
+    )
 
 
 def build(comm: Communicator, strategy: str, optimizer: str, options: Options) -> Strategy:
-    m = model()
+    options = dict(options)
+    m = model(norm := options.pop("norm", None))
+    if norm == "synchronised":
+        parallel.SyncBatchNorm.convert(m, comm)
     made: Strategy = getattr(parallel, strategy)(m, OPTIMIZERS[optimizer](m.parameters()), comm, **options)
     return made
 

@@ -31,7 +31,7 @@ from minidp.parallel import norms
 from minidp.parallel.blocks import Block, Trouble, cut_blocks, find_trouble
 from minidp.parallel.buckets import make_buckets, pieces, slices
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
-from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_dtype, check_layers, leaves_of
+from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_model, leaves_of
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
@@ -88,10 +88,9 @@ class DataParallel(Strategy):
         self.bucket_cap_mb, self.micro_shards, self.checksum = bucket_cap_mb, micro_shards, checksum
         self._blas: OneBlasThread | None = None
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
-        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         if micro_shards is not None:
-            check_dtype(np.dtype(self.layout.dtype))
-            check_layers(model)
+            check_model(model)
+        super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._pieces = pieces(self.layout, 0, self.layout.size)
         self._slabs, self._slices, parts = self._start(comm)
@@ -207,6 +206,7 @@ class DataParallel(Strategy):
             self._verify(mine)
         if total == 0:
             return
+        self._layers.gather()
         with trace.span("reduce and update", "compute"):
             trouble = self._average_and_update(total)
         with trace.span("wait for parameters", "wait"):

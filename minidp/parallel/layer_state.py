@@ -40,6 +40,7 @@ class LayerState:
         # A row a leaf, in it (count, μ, σ²) of each layer: what its batches of this step have been together.
         self._rows: Rows = np.zeros((leaves, ends[-1] if ends else 0))
         self._places = [slice(start, end) for start, end in zip([0, *ends], ends)]
+        self._gathered: Rows | None = None
         self._leaf = 0
         for i, norm in enumerate(self._norms):
             norm.follow(partial(self._record, i))
@@ -49,6 +50,7 @@ class LayerState:
         self._masks.begin(update)
         if self._norms:
             self._rows[...] = 0
+            self._gathered = None
         self.at_leaf(0)
 
     def at_leaf(self, leaf: int) -> None:
@@ -59,22 +61,21 @@ class LayerState:
     def reseed(self, seed: int) -> None:
         self._masks.seed = seed
 
-    def gather(self) -> Rows | None:
-        """Every leaf's statistics of this step, in order of leaf; None without such layers. Collective.
+    def gather(self) -> None:
+        """Get every leaf's statistics of this step, in order of leaf. Collective, if there are such layers.
 
-        Before the update, so that afterwards nobody has to be waited for: a step is whole or has not been.
+        Before the update is committed, so that afterwards nobody has to be waited for: a step is whole, or has not
+        been.
         """
-        if not self._norms:
-            return None
-        rows = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
-        self._comm.all_gather(rows, self._rows)
-        return rows
+        if self._norms:
+            self._gathered = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
+            self._comm.all_gather(self._gathered, self._rows)
 
-    def commit(self, rows: Rows | None) -> None:
-        """Move the running statistics by those of all leaves together, summed in order of leaf."""
-        if rows is not None:
+    def commit(self) -> None:
+        """Move the running statistics by what was gathered: all leaves together, summed in order of leaf."""
+        if self._gathered is not None:
             for norm, place in zip(self._norms, self._places):
-                norm.update_running(*combine(*_parts(rows[:, place])))
+                norm.update_running(*combine(*_parts(self._gathered[:, place])))
 
     def release(self) -> None:
         for norm in self._norms:

@@ -44,17 +44,14 @@ def leaves_of(micro_shards: Any, world_size: int) -> int:
     return int(micro_shards) // world_size
 
 
-def check_dtype(dtype: np.dtype[Any]) -> None:
-    """Refuse half precision, whose sums inside a rank would be rounded and those across ranks not."""
-    if is_half(dtype):
-        raise TypeError(
-            f"micro_shards with {dtype} parameters: half precision is summed in float32 across ranks, so the bits "
-            'would depend on their number; train in float32 (model.astype("float32"))'
-        )
-
-
-def check_layers(model: Module) -> None:
-    """Refuse layers that need all of a batch at once."""
+def check_model(model: Module) -> None:
+    """Refuse what would make bits depend on the number of ranks, or need all of a batch at once."""
+    for parameter in model.parameters():
+        if is_half(parameter.dtype):
+            raise TypeError(
+                f"micro_shards with {parameter.dtype} parameters: half precision is summed in float32 across "
+                'ranks, so the bits would depend on their number; train in float32 (model.astype("float32"))'
+            )
     for name, module in model.named_modules():
         if isinstance(module, SyncBatchNorm):
             raise ValueError(

@@ -165,9 +165,8 @@ class Strategy(ABC):
             )
         try:
             with np.errstate(all="ignore"):  # NaN and infinity are looked for, not stumbled over
-                statistics = self._layers.gather()
                 self._reduce_and_update(self._samples)
-                self._layers.commit(statistics)
+            self._layers.commit()
         except (NonFiniteGradient, CorruptGradient) as error:
             self._poison = error
             raise
@@ -294,7 +293,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def _reduce_and_update(self, samples: int) -> None:
-        """Average over ranks and update; all ranks or none."""
+        """Average over ranks and update; all ranks or none. With samples, gather what ``_layers`` have."""
 
     def _broadcast_rest(self) -> None:
         """Rank 0's buffers and frozen parameters to everybody: what the layout leaves outside."""
