@@ -46,6 +46,7 @@ class DeviceArray:
     ndim = property(lambda self: self._host.ndim)
     size = property(lambda self: self._host.size)
     nbytes = property(lambda self: self._host.nbytes)
+    strides = property(lambda self: self._host.strides)
     flags = property(lambda self: Flags(self._host.flags))
     T = property(lambda self: wrap(self._host.T))
 
@@ -165,6 +166,7 @@ _METHODS = {
     "any": ("axis", "out", "keepdims"),
     "all": ("axis", "out", "keepdims"),
     "argmax": ("axis", "out", "keepdims"),
+    "argsort": ("axis", "kind"),
     "astype": ("dtype", "copy"),
     "view": ("dtype",),
     "reshape": (),
@@ -193,6 +195,9 @@ class Ufunc:
         result = self.ufunc(*(unwrap(a) for a in args), **options)
         return out if out is not None else wrap(result)
 
+    def reduceat(self, array: DeviceArray, indices: DeviceArray, axis: int = 0) -> DeviceArray:
+        return wrap(self.ufunc.reduceat(array._host, indices._host, axis=axis))
+
     def at(self, array: DeviceArray, index: Any, value: Any) -> None:
         self.ufunc.at(array._host, unwrap_index(index), unwrap(value))
 
@@ -202,6 +207,22 @@ def asarray(x: Any, dtype: Any = None) -> DeviceArray:
     if isinstance(x, DeviceArray):
         return x if dtype is None or x.dtype == dtype else x.astype(dtype)
     return DeviceArray(np.array(x, dtype=dtype))
+
+
+def ascontiguousarray(x: DeviceArray, dtype: Any = None) -> DeviceArray:
+    """`x` itself if it is that already; never from the host, of which CuPy would make a copy silently."""
+    assert isinstance(x, DeviceArray), "no device array"
+    host = np.ascontiguousarray(x._host, dtype=dtype)
+    return x if host is x._host else DeviceArray(host)
+
+
+def as_strided(x: DeviceArray, shape: Any, strides: Any) -> DeviceArray:
+    """A view of a contiguous array. NumPy and CuPy read whatever lies there; here it must be inside."""
+    assert isinstance(x, DeviceArray), "no device array"
+    assert x.flags.c_contiguous, "strides of something else"
+    last = sum((n - 1) * step for n, step in zip(shape, strides)) + x.dtype.itemsize
+    assert x.size == 0 or 0 < last <= x.nbytes, "a view beyond the array"
+    return DeviceArray(np.lib.stride_tricks.as_strided(x._host, shape, strides))
 
 
 def _like(function: Any) -> Any:
@@ -222,6 +243,9 @@ xp = SimpleNamespace(
     asnumpy=lambda x: x.get(),
     synchronize=lambda: None,
     abs=Ufunc(np.absolute),
+    ascontiguousarray=ascontiguousarray,
+    lib=SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=as_strided)),
+    flatnonzero=lambda x: wrap(np.flatnonzero(unwrap(x))),
     where=lambda c, a, b: wrap(np.where(unwrap(c), unwrap(a), unwrap(b))),
     broadcast_to=lambda x, shape: wrap(np.broadcast_to(x._host, shape)),
     zeros_like=_like(np.zeros_like),

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import minidp
-from minidp.autograd import Function, Tensor, gradcheck, ops, unbroadcast
-from minidp.nn import activations, losses
+from minidp.autograd import Function, Tensor, conv, gradcheck, ops, pooling, unbroadcast
+from minidp.backend import array_module, meter
+from minidp.nn import activations, attention, losses, normalization
 from minidp.nn import functional as F
 
 ONE = [[(3, 4)], [()], [(0, 4)], [(2, 3, 4)]]
@@ -26,11 +27,37 @@ PRODUCTS = [[(3, 4), (4, 5)], [(4,), (4, 5)], [(3, 4), (4,)], [(4,), (4,)], [(2,
 LINEAR = [[(5, 4), (3, 4)], [(4,), (3, 4)], [(2, 5, 4), (3, 4)], [(0, 4), (3, 4)], [(2, 0, 4), (3, 4)],
           [(2, 8), (3, 8)], [(5, 0), (3, 0)]]  # fmt: skip
 IMAGES = [[(2, 3, 4)], [(0, 3, 4)], [(5,)], [(2, 1, 3, 4)]]
-LOGITS = [[(5, 3)], [(1, 1)], [(0, 3)]]
+LOGITS = [[(5, 3)], [(1, 1)], [(0, 3)], [(2, 3, 4)], [(2, 0, 4)], [(0, 3, 4)], [(2, 1, 3, 2)]]
+# Images (n, c, h, w), weights (out, c, rows, columns), biases: usual, 1 × 1, as large as the image, no images.
+CONVOLUTIONS = [[(2, 3, 5, 6), (4, 3, 3, 2), (4,)], [(2, 3, 4, 5), (2, 3, 1, 1), (2,)],
+                [(2, 3, 4, 5), (1, 3, 4, 5), (1,)], [(0, 3, 5, 6), (4, 3, 3, 2), (4,)],
+                [(1, 1, 1, 1), (1, 1, 1, 1), (1,)]]  # fmt: skip
+WITHOUT_BIAS = [shapes[:2] for shapes in CONVOLUTIONS]
+PICTURES = [[(2, 3, 6, 8)], [(1, 2, 5, 7)], [(0, 3, 4, 4)], [(3, 1, 3, 3)]]
+LAYERS = [[(5, 4), (4,), (4,)], [(2, 3, 4), (4,), (4,)], [(4,), (4,), (4,)], [(0, 4), (4,), (4,)],
+          [(3, 1), (1,), (1,)]]  # fmt: skip
+LAYERS_2 = [[(2, 3, 4), (3, 4), (3, 4)], [(3, 4), (3, 4), (3, 4)], [(2, 0, 3, 4), (3, 4), (3, 4)]]
+ATTENTION = [[(2, 3, 4)] * 3, [(2, 2, 5, 3), (2, 2, 4, 3), (2, 2, 4, 3)], [(3, 4), (5, 4), (5, 4)],
+             [(0, 3, 4)] * 3, [(2, 0, 4), (2, 3, 4), (2, 3, 4)], [(2, 3, 4), (2, 0, 4), (2, 0, 4)],
+             [(1, 1, 1)] * 3]  # fmt: skip
+PACKED = [[(2, 3, 12)], [(1, 1, 6)], [(0, 3, 6)], [(2, 0, 6)]]
+BATCHES = [[(5, 3), (3,), (3,)], [(2, 3, 2, 4), (3,), (3,)], [(4, 2, 3), (2,), (2,)], [(0, 3), (3,), (3,)],
+           [(0, 3, 2, 2), (3,), (3,)]]  # fmt: skip
+EMBEDDINGS = [[(3, 4)], [(4, 1)], [(3, 0)]]
 
 
 def labels(z: Tensor) -> np.ndarray:
-    return np.arange(z.shape[0]) * 7 % max(z.shape[1], 1)
+    return (np.arange(np.prod(z.shape[:-1], dtype=int)) * 7 % max(z.shape[-1], 1)).reshape(z.shape[:-1])
+
+
+def moments(x: Tensor) -> tuple[Any, Any]:
+    """Means and variances of channels that `x` does not have, where it is."""
+    of_channels = array_module(x.data).arange(1, x.shape[1] + 1).astype(x.dtype)
+    return of_channels / 4, of_channels / 2
+
+
+def packed(x: Tensor, causal: bool) -> Tensor:
+    return attention.SelfAttention.apply(x, heads=2, causal=causal)
 
 
 class Op(NamedTuple):
@@ -90,6 +117,30 @@ OPS = [
     Op("log_softmax", lambda a: F.log_softmax(a), [[(3, 4)], [(0, 4)], [(5,)]]),
     Op("log_softmax axis", lambda a: F.log_softmax(a, axis=0), REDUCED[:1]),
     Op("cross_entropy", lambda z: F.cross_entropy(z, labels(z)), LOGITS),
+    Op("conv2d", lambda x, w, b: F.conv2d(x, w, b), CONVOLUTIONS),
+    Op("conv2d without bias", lambda x, w: F.conv2d(x, w), WITHOUT_BIAS),
+    Op("conv2d strides", lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1)), CONVOLUTIONS),
+    Op("conv2d padding", lambda x, w, b: F.conv2d(x, w, b, padding=(1, 2)), CONVOLUTIONS),
+    Op("conv2d both", lambda x, w: F.conv2d(x, w, stride=(1, 3), padding=(2, 1)), WITHOUT_BIAS),
+    Op("max_pool2d", lambda x: F.max_pool2d(x, 2), PICTURES),
+    Op("max_pool2d overlapping", lambda x: F.max_pool2d(x, (3, 2), stride=1), PICTURES),
+    Op("max_pool2d padding", lambda x: F.max_pool2d(x, (2, 3), stride=(2, 1), padding=1), PICTURES),
+    Op("max_pool2d gaps", lambda x: F.max_pool2d(x, 2, stride=3), PICTURES),
+    Op("avg_pool2d", lambda x: F.avg_pool2d(x, 2), PICTURES),
+    Op("avg_pool2d overlapping", lambda x: F.avg_pool2d(x, (3, 2), stride=1), PICTURES),
+    Op("avg_pool2d padding", lambda x: F.avg_pool2d(x, (2, 3), stride=(2, 1), padding=1), PICTURES),
+    Op("avg_pool2d gaps", lambda x: F.avg_pool2d(x, 2, stride=3), PICTURES),
+    Op("layer_norm", lambda x, w, b: F.layer_norm(x, w, b), LAYERS),
+    Op("layer_norm two axes", lambda x, w, b: F.layer_norm(x, w, b, eps=0.1), LAYERS_2),
+    Op("batch norm", lambda x, w, b: normalization.BatchNorm.apply(x, w, b), BATCHES),
+    Op("batch norm moments", lambda x, w, b: normalization.BatchNorm.apply(x, w, b, moments=moments(x)), BATCHES),
+    Op("embedding", lambda w: F.embedding(np.array([[0, 2, 0], [1, 2, 2]]), w), EMBEDDINGS),
+    Op("embedding of one", lambda w: F.embedding(np.array(2), w), EMBEDDINGS),
+    Op("embedding of nothing", lambda w: F.embedding(np.zeros((0, 3), int), w), EMBEDDINGS),
+    Op("attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), ATTENTION),
+    Op("attention causal", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, causal=True), ATTENTION),
+    Op("attention packed", lambda x: packed(x, False), PACKED),
+    Op("attention packed causal", lambda x: packed(x, True), PACKED),
     Op("mse_loss", lambda a, b: F.mse_loss(a, b), [[(3, 4)] * 2, [()] * 2, [(0, 4)] * 2]),
     Op("mse_loss of one", lambda a: F.mse_loss(a, np.ones(a.shape)), ONE),
     Op("one tensor twice", lambda a: a * a + a, ONE),
@@ -148,6 +199,50 @@ def test_inputs_and_incoming_gradient_are_left_alone(op, shapes):
 
 
 @pytest.mark.parametrize(("op", "shapes"), CASES)
+def test_incoming_gradient_may_have_any_memory_order(op, shapes):
+    """A sum hands back one number seen as an array, which can't be written to; a transpose hands back a view."""
+    out = op.function(*(Tensor(x, requires_grad=True) for x in make(op, shapes)))
+    full = np.random.default_rng(1).standard_normal(out.shape)
+    for strange in (np.broadcast_to(np.float64(0.7), out.shape), np.array(full, order="F"), np.flip(full)):
+        found = []
+        for gradient in (strange, strange.copy()):
+            tensors = [Tensor(x, requires_grad=True) for x in make(op, shapes)]
+            op.function(*tensors).backward(gradient)
+            found.append([t.grad.numpy() for t in tensors])
+        assert all(np.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize(("op", "shapes"), [c for c in CASES if len(c.values[1]) > 1])
+def test_each_gradient_is_the_same_where_the_others_are_not_needed(op, shapes):
+    whole = [Tensor(x, requires_grad=True) for x in make(op, shapes)]
+    out = op.function(*whole)
+    gradient = np.random.default_rng(1).standard_normal(out.shape)
+    out.backward(gradient)
+    for k in range(len(shapes)):
+        alone = [Tensor(x, requires_grad=i == k) for i, x in enumerate(make(op, shapes))]
+        op.function(*alone).backward(gradient)
+        assert [t.grad is None for t in alone] == [i != k for i in range(len(shapes))]
+        assert np.array_equal(alone[k].grad, whole[k].grad)
+
+
+@pytest.mark.parametrize(("op", "shapes"), CASES)
+def test_every_operation_can_be_metered(op, shapes):
+    """The virtual world does it both ways; forward counts the same where nothing is recorded."""
+    arrays = make(op, shapes)
+    with meter() as frozen:
+        op.function(*map(Tensor, arrays))
+    with meter() as forward:
+        out = op.function(*(Tensor(x, requires_grad=True) for x in arrays))
+    with meter() as backward:
+        out.backward(np.ones(out.shape))
+    assert (frozen.operations, frozen.flops, frozen.nbytes) == (forward.operations, forward.flops, forward.nbytes)
+    for m in (forward, backward):
+        assert m.operations >= 1
+        assert np.isfinite([m.flops, m.nbytes]).all()
+        assert min(m.flops, m.nbytes) >= 0
+
+
+@pytest.mark.parametrize(("op", "shapes"), CASES)
 def test_gradients_are_nobody_elses_memory(op, shapes):
     """What `fresh` promises, and what the engine copies where it is not promised."""
     tensors = [Tensor(x, requires_grad=True) for x in make(op, shapes)]
@@ -165,7 +260,8 @@ def test_gradients_are_nobody_elses_memory(op, shapes):
 def test_every_operation_is_in_the_table():
     """Each Function of the package was applied by some line above."""
     applied = set()
-    classes = {c for m in (ops, activations, losses) for c in vars(m).values() if _is_operation(c)}
+    modules = ops, conv, pooling, activations, attention, losses, normalization
+    classes = {c for m in modules for c in vars(m).values() if _is_operation(c)}
 
     def spy(cls, *inputs, **options):
         applied.add(cls)
@@ -182,7 +278,9 @@ def test_every_operation_is_in_the_table():
 
 
 def _is_operation(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, Function) and thing is not Function
+    """What operations share without being one, as Pool2d does, has no forward of its own."""
+    operation = isinstance(thing, type) and issubclass(thing, Function) and thing is not Function
+    return operation and "forward" in vars(thing)
 
 
 def test_a_wrong_derivative_is_found_and_reported():

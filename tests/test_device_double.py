@@ -46,6 +46,10 @@ def to_device(model, grads=False):
         lambda d, h: xp.multiply(d, h),
         lambda d, h: xp.exp(d, out=h),
         lambda d, h: d[h > 0],
+        lambda d, h: xp.ascontiguousarray(h),
+        lambda d, h: xp.lib.stride_tricks.as_strided(h, (3,), (8,)),
+        lambda d, h: xp.lib.stride_tricks.as_strided(d, (3,), (16,)),
+        lambda d, h: np.ascontiguousarray(d),
     ],
 )
 def test_the_double_refuses_to_mix(mix):
@@ -175,6 +179,73 @@ def test_training_has_the_bits_of_numpy_and_reads_few_scalars(rule, hyper, loss)
         found = model.state_dict()
         assert all(type(array) is np.ndarray for array in found.values())
         assert all(found[name].tobytes() == reference[name].tobytes() for name in reference)
+
+
+def normalised_cnn():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=(2, 1), padding=(1, 0), bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 6),
+        nn.BatchNorm1d(6, momentum=None), nn.LayerNorm(6), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def pictures(rng):
+    return rng.standard_normal((5, 2, 7, 6)).astype(np.float32), rng.integers(0, 3, 5)
+
+
+def text(rng):
+    tokens = rng.integers(0, 11, (3, 7))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "reads", "reads_in_evaluation"),
+    [  # checks of labels and of tokens read one each, BatchNorm(momentum=None) its count
+        pytest.param(lambda: nn.cnn((2, 7, 6), (3, 4), 3), pictures, 1, 0, id="cnn"),
+        pytest.param(lambda: nn.GPT(11, 6, 8, 2, 2), text, 2, 1, id="GPT"),
+        pytest.param(lambda: nn.GPT(11, 9, 8, 2, 1, dropout=0.2), text, 2, 1, id="GPT with dropout"),
+        pytest.param(normalised_cnn, pictures, 2, 0, id="BatchNorm"),
+    ],
+)
+def test_models_have_the_bits_of_numpy_and_read_few_scalars(build, batch, reads, reads_in_evaluation):
+    """Training, with buffers and slots of gradients on the device too, then evaluation."""
+    host, device = build(), build()
+    to_device(device, grads=True)
+    for module in device.modules():
+        for name in module._buffers:
+            setattr(module, name, xp.asarray(getattr(module, name)))
+    optimizers = [optim.Adam(model.parameters(), lr=0.01) for model in (host, device)]
+    for t in range(3):
+        x, y = batch(np.random.default_rng(t))
+        losses = []
+        for model, a, b in ((host, x, y), (device, xp.asarray(x), xp.asarray(y))):
+            before = device_double.scalar_reads
+            with nn.dropout_scope(update=t):
+                losses.append(F.cross_entropy(model(a), b))
+            losses[-1].backward()
+            assert device_double.scalar_reads - before == (0 if model is host else reads)
+        assert losses[0].item() == losses[1].item()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(type(tensor.data) is DeviceArray for tensor in device.parameters())
+    assert all(type(buffer) is DeviceArray for buffer in device.buffers())
+    reference, found = host.state_dict(), device.state_dict()
+    assert all(found[name].tobytes() == reference[name].tobytes() for name in reference)
+    before = device_double.scalar_reads
+    y = device.eval()(xp.asarray(x))
+    assert device_double.scalar_reads - before == reads_in_evaluation
+    assert y.numpy().tobytes() == host.eval()(x).numpy().tobytes()
+
+
+def test_embeddings_of_the_device():
+    tokens = np.array([[0, 2, 0], [1, 2, 2]])
+    for place in (np, xp):
+        weight = Tensor(place.asarray(np.ones((4, 2))), requires_grad=True)
+        F.embedding(place.asarray(tokens), weight).sum().backward()
+        assert weight.grad.numpy().tolist() == [[2, 2], [1, 1], [3, 3], [0, 0]]
+    with pytest.raises(IndexError, match="token 4 at place 1"):
+        F.embedding(xp.asarray(np.array([[0], [4]])), weight)
 
 
 def test_a_model_on_the_device_takes_state_from_the_host_and_names_wrong_labels():

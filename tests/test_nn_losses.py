@@ -96,7 +96,7 @@ def test_wrong_labels_are_told(labels, error, match):
 
 
 def test_wrong_shapes_are_told():
-    with pytest.raises(ValueError, match=r"\(n, classes\), not \(3,\)"):
+    with pytest.raises(ValueError, match=r"\(n, \.\.\., classes\), not \(3,\)"):
         F.cross_entropy(np.zeros(3), np.zeros(3, int))
     with pytest.raises(ValueError, match=r"\(4, 1\) and target of shape \(4,\) would be broadcast"):
         F.mse_loss(np.zeros((4, 1)), np.zeros(4))

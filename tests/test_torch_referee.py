@@ -8,8 +8,10 @@ import pytest
 from minidp import nn, optim
 from minidp.autograd import Tensor
 from minidp.nn import functional as F
+from minidp.nn.normalization import BatchNorm
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # of arrays this small; two threads that wait for each other take 400 times as long
 TF = torch.nn.functional
 
 RNG = np.random.default_rng(0)
@@ -18,10 +20,57 @@ LABELS = RNG.integers(0, 5, 6)
 TARGET = RNG.standard_normal((6, 5))
 W, B = RNG.standard_normal((4, 5)), RNG.standard_normal(4)
 IMAGES = RNG.standard_normal((2, 3, 4, 5))
+PICTURES = RNG.standard_normal((2, 3, 9, 8))
+KERNEL, KERNEL_1, KERNEL_ALL = (RNG.standard_normal((4, 3, *size)) for size in ((3, 2), (1, 1), (9, 8)))
+LOGITS, CLASSES = RNG.standard_normal((2, 3, 5)) * 3, RNG.integers(0, 5, (2, 3))
+TOKENS = RNG.integers(0, 6, (2, 5))
+QUERY, OTHERS = RNG.standard_normal((2, 2, 4, 3)) * 2, RNG.standard_normal((2, 2, 2, 6, 3)) * 2
+NORM = RNG.standard_normal((2, 3))
+MOMENTS = RNG.standard_normal(3), RNG.random(3) + 0.1
 
 
 def ce(x):
     return TF.cross_entropy(x, torch.tensor(LABELS))
+
+
+def ce_of_text(x):
+    return TF.cross_entropy(x.movedim(-1, 1), torch.tensor(CLASSES))  # PyTorch wants the classes second
+
+
+def convolution(**options):
+    return (lambda *a: F.conv2d(*a, **options)), (lambda *a: TF.conv2d(*a, **options))
+
+
+def pools(kind, *window):
+    return (lambda x: getattr(F, kind)(x, *window)), (lambda x: getattr(TF, kind)(x, *window))
+
+
+def attention(**options):
+    theirs = {"is_causal": options.get("causal", False)}
+    return (
+        lambda *a: F.scaled_dot_product_attention(*a, **options),
+        lambda *a: TF.scaled_dot_product_attention(*a, **theirs),
+    )
+
+
+def embed(tokens):
+    return (lambda w: F.embedding(tokens, w)), (lambda w: TF.embedding(torch.tensor(tokens), w))
+
+
+def their_layer_norm(x, w, b):
+    return TF.layer_norm(x, w.shape, w, b)
+
+
+def given_moments(x, w, b):
+    return BatchNorm.apply(x, w, b, moments=tuple(m.astype(x.dtype) for m in MOMENTS))
+
+
+def their_given_moments(x, w, b):
+    return TF.batch_norm(x, *(torch.tensor(m).to(x) for m in MOMENTS), w, b)
+
+
+def their_batch_norm(x, w, b):
+    return TF.batch_norm(x, None, None, w, b, training=True)
 
 
 def arithmetic(a, b):
@@ -46,6 +95,34 @@ LINES = [
     ("softmax axis 0", lambda x: F.softmax(x, axis=0), lambda x: TF.softmax(x, 0), [X]),
     ("log_softmax", F.log_softmax, lambda x: TF.log_softmax(x, -1), [X]),
     ("cross_entropy", lambda x: F.cross_entropy(x, LABELS), ce, [X]),
+    ("cross_entropy of text", lambda x: F.cross_entropy(x, CLASSES), ce_of_text, [LOGITS]),
+    ("conv2d", F.conv2d, TF.conv2d, [PICTURES, KERNEL, B]),
+    ("conv2d without bias", *convolution(), [PICTURES, KERNEL]),
+    ("conv2d strides", *convolution(stride=(2, 1)), [PICTURES, KERNEL, B]),
+    ("conv2d padding", *convolution(padding=(1, 2)), [PICTURES, KERNEL, B]),
+    ("conv2d both", *convolution(stride=(2, 3), padding=(2, 1)), [PICTURES, KERNEL]),
+    ("conv2d 1x1", *convolution(), [PICTURES, KERNEL_1, B]),
+    ("conv2d 1x1 strides", *convolution(stride=(2, 3)), [PICTURES, KERNEL_1, B]),
+    ("conv2d of all", *convolution(), [PICTURES, KERNEL_ALL, B]),
+    ("conv2d of one image", *convolution(padding=1), [PICTURES[:1], KERNEL, B]),
+    ("max_pool2d", *pools("max_pool2d", 2), [PICTURES]),
+    ("max_pool2d overlapping", *pools("max_pool2d", (3, 2), 1), [PICTURES]),
+    ("max_pool2d padding", *pools("max_pool2d", 3, 2, 1), [PICTURES]),
+    ("max_pool2d of ties", *pools("max_pool2d", 3, 1, 1), [np.round(PICTURES)]),
+    ("max_pool2d gaps", *pools("max_pool2d", 2, 3), [PICTURES]),
+    ("avg_pool2d", *pools("avg_pool2d", 2), [PICTURES]),
+    ("avg_pool2d overlapping", *pools("avg_pool2d", (3, 2), 1), [PICTURES]),
+    ("avg_pool2d padding", *pools("avg_pool2d", 3, 2, 1), [PICTURES]),
+    ("avg_pool2d gaps", *pools("avg_pool2d", 2, 3), [PICTURES]),
+    ("layer_norm", F.layer_norm, their_layer_norm, [X, *TARGET[:2]]),
+    ("layer_norm two axes", F.layer_norm, their_layer_norm, [IMAGES, *IMAGES[0, :2]]),
+    ("batch norm", BatchNorm.apply, their_batch_norm, [X[:, :3], *NORM]),
+    ("batch norm of images", BatchNorm.apply, their_batch_norm, [PICTURES, *NORM]),
+    ("batch norm moments", given_moments, their_given_moments, [PICTURES, *NORM]),
+    ("embedding", *embed(TOKENS), [X]),
+    ("attention", *attention(), [QUERY, *OTHERS]),
+    ("attention causal", *attention(causal=True), [QUERY, *OTHERS]),
+    ("attention of equal lengths", *attention(causal=True), [*OTHERS, OTHERS[0]]),
     ("mse_loss", F.mse_loss, TF.mse_loss, [X, TARGET]),
     ("flatten", F.flatten, lambda x: torch.flatten(x, 1), [IMAGES]),
     ("flatten 2", lambda x: F.flatten(x, 2), lambda x: torch.flatten(x, 2), [IMAGES]),

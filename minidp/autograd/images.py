@@ -11,6 +11,7 @@ one copy.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from minidp.backend import Array
@@ -100,12 +101,12 @@ def windows(what: str, x: Array, kernel: Pair, stride: Pair, padding: Pair) -> W
 
 def pair(value: Pair) -> tuple[int, int]:
     """(rows, columns) from one number for both, or from two."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def check_window(what: str, kernel: Any, stride: Any, padding: Any) -> None:
     """ValueError unless sizes of windows are whole numbers, or pairs of them, in their range."""
     for name, value, least in (("kernel_size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
         numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-        if not all(isinstance(number, int) and number >= least for number in numbers):
+        if not all(isinstance(number, Integral) and int(number) >= least for number in numbers):
             raise ValueError(f"{what}: {name}={value!r}: give a whole number from {least} on, or a pair of them")

@@ -41,6 +41,7 @@ class MaxPool2d(Pool2d):
     """The largest pixel of each window. If several are, the first of them gets the gradient, as in PyTorch."""
 
     def forward(self, x: Array, kernel_size: Pair, stride: Pair, padding: Pair) -> Array:
+        x = floating(x)
         over = windows("max_pool2d", x, kernel_size, stride, padding)
         xp, record = self.xp, self.needs[0]
         image = over.pad(chwn(x), xp, fill=-math.inf) if any(over.padding) else chwn(x)
@@ -69,6 +70,7 @@ class AvgPool2d(Pool2d):
     """The mean of each window; pixels of the padding count as 0, as in PyTorch."""
 
     def forward(self, x: Array, kernel_size: Pair, stride: Pair, padding: Pair) -> Array:
+        x = floating(x)
         over = windows("avg_pool2d", x, kernel_size, stride, padding)
         image = over.pad(chwn(x), self.xp) if any(over.padding) else chwn(x)
         first, *others = over.taps(image)
@@ -83,3 +85,8 @@ class AvgPool2d(Pool2d):
         over, shape = self.saved
         share = chwn(grad) / math.prod(over.kernel)
         return self.spread(over, (share for _ in range(math.prod(over.kernel))), shape, grad.dtype)
+
+
+def floating(x: Array) -> Array:
+    """Pixels that are whole numbers, such as bytes, become float32: sums of bytes overflow, and have no −∞."""
+    return x if x.dtype.kind in "fO" else x.astype("float32")

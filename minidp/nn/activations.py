@@ -11,9 +11,6 @@ from minidp.autograd.function import Function, nbytes_of, rows
 from minidp.backend import Array, asarray, generator, to_numpy
 from minidp.nn.normal import normal_tail
 
-# Up to so many elements a table of ones and zeros, rows × places, sums gradients of an embedding by one product:
-# 65 rows, 1024 places, 128 features in 0.2 ms, where add.at takes 1.1.
-ONE_HOT = 2**20
 # Elements of a piece that the many steps of GELU take at once on a processor: what they need stays in its
 # second-level cache. 1024 × 512 in float32: 3.8 → 2.1 ms (exact).
 PIECE = 2**14
@@ -192,14 +189,17 @@ class Embedding(Function):
         out = self.grad_out(0)
         if out is None:
             out = self.xp.empty(shape, dtype=grad.dtype)
-        flat, grad = tokens.ravel(), rows(grad)
-        if len(flat) * len(out) <= ONE_HOT:
-            hot = self.xp.zeros((len(out), len(flat)), dtype=grad.dtype)
-            hot[flat, self.xp.arange(len(flat))] = 1
-            self.xp.matmul(hot, grad, out=out)
-        else:
-            out[...] = 0
-            self.xp.add.at(out, flat, grad)
+        out[...] = 0
+        # Sorted by token, the places of each lie side by side: a seventh of the time of add.at, and the same sums
+        # on every device in every run.
+        flat = tokens.ravel()
+        order = flat.argsort(kind="stable")
+        flat = flat[order]
+        first = self.xp.ones(len(flat), dtype=bool)
+        first[1:] = flat[1:] != flat[:-1]
+        starts = self.xp.flatnonzero(first)
+        if len(starts):
+            out[flat[starts]] = self.xp.add.reduceat(rows(grad)[order], starts, axis=0)
         return out, None
 
     def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:

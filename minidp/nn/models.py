@@ -71,7 +71,7 @@ class GPT(Module):
     def forward(self, tokens: Any) -> Tensor:
         if len(tokens.shape) != 2 or tokens.shape[1] > self.context:
             raise ValueError(f"GPT: tokens must have shape (batch, at most {self.context}), not {tokens.shape}")
-        x = self.token_embedding(tokens) + self.position_embedding(np.arange(tokens.shape[1]))
+        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
 
     def generate(self, tokens: Any, count: int, temperature: float = 1.0, seed: int = 0) -> np.ndarray:

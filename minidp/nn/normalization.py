@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from minidp.autograd.function import Function, nbytes_of
-from minidp.backend import Array
+from minidp.backend import Array, asarray
 
 
 class LayerNorm(Function):
@@ -116,7 +116,7 @@ class BatchNorm(Function):
                 count, mean, var = pool.moments(count, mean, var)
                 normal += (own - mean).reshape(shape)
         else:
-            count, (mean, var) = 0, moments
+            count, (mean, var) = 0, (asarray(moment, self.xp) for moment in moments)
             normal = x - mean.reshape(shape)
         scale = 1 / self.xp.sqrt(var + eps).astype(wide, copy=False)
         normal *= scale.reshape(shape)
