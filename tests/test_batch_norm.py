@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +354,120 @@ def test_conversion_keeps_what_there_is() -> None:
     again = model[0]
     assert parallel.SyncBatchNorm.convert(model, comm_self())[0] is again
     assert isinstance(parallel.SyncBatchNorm.convert(nn.BatchNorm2d(2), comm_self()), parallel.SyncBatchNorm)
+
+
+# --- what else must not go wrong ------------------------------------------------------------------------------
+
+
+def empty_rank(comm: Any, kind: str) -> dict[str, np.ndarray]:
+    model = model_of(first=True)
+    strategy = getattr(parallel, kind)(model, optim.SGD(model.parameters(), lr=0.1), comm)
+    share = slice(0, 6) if comm.rank == 0 else slice(6, 6)
+    strategy.forward_backward(X[share], Y[share], F.cross_entropy)
+    strategy.step()
+    return strategy.state_dict()
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_without_samples_holds_the_same_buffers(world: str, kind: str) -> None:
+    full, empty = spawned(empty_rank, 2, world, kind)
+    assert full["0.num_batches_tracked"] == 1
+    assert all(np.array_equal(full[k], empty[k]) for k in full)
+    assert distance(buffers_of(full), buffers_of(empty_rank(comm_self(), kind))) == 0
+
+
+def huge(comm: Any) -> tuple[str, bool]:
+    """One rank sees a value whose square is beyond float32."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm)
+    before = buffers_of(model.state_dict())
+    x = np.ones((4, 3), np.float32)
+    x[0, 0] = 1e25 if comm.rank == 1 else 2
+    with np.errstate(over="ignore", invalid="ignore"):
+        strategy.forward_backward(x, np.array([0, 1, 2, 0]), F.cross_entropy)
+    message = told(strategy.step)
+    strategy.discard()
+    after = buffers_of(model.state_dict())
+    return message, all(np.array_equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_statistics_that_overflow_are_never_committed(world: str) -> None:
+    for message, kept in spawned(huge, 2, world):
+        assert message.startswith("NonFiniteGradient: the batch's statistics of '1' is inf on rank 1 at step 0")
+        assert kept
+
+
+def blamed(comm: Any) -> str:
+    model = parallel.SyncBatchNorm.convert(model_of(first=True), comm)
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm)
+    strategy.forward_backward(X[:8] * (np.nan if comm.rank == 1 else 1), Y[:8], F.cross_entropy)
+    return told(strategy.step)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_synchronised_nan_is_told_of_the_rank_that_brought_it(world: str) -> None:
+    """Though every rank's gradients have become NaN by it."""
+    for message in spawned(blamed, 2, world):
+        assert message.startswith("NonFiniteGradient: the batch's statistics of '0' is nan on rank 1")
+
+
+def alone(comm: Any) -> dict[str, np.ndarray]:
+    layer = parallel.SyncBatchNorm(3, comm).astype("float64")
+    layer(X[:5] if comm.rank == 0 else X[5:16] if comm.rank == 1 else X[:0])
+    return layer.state_dict()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_synchronised_ones_without_a_strategy_hold_the_same_buffers(world: str) -> None:
+    one = nn.BatchNorm2d(3).astype("float64")
+    one(X[:16])
+    for state in spawned(alone, 3, world):
+        assert distance(state, one.state_dict()) < 1e-12
+
+
+def refused_late(comm: Any) -> str:
+    model = model_of()
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm)
+    message = told(lambda: parallel.SyncBatchNorm.convert(model, comm))
+    strategy.release()
+    parallel.SyncBatchNorm.convert(model, comm)
+    return message
+
+
+def test_conversion_comes_before_the_strategy() -> None:
+    for message in spawned(refused_late, 2, "virtual"):
+        assert message.startswith("RuntimeError: a strategy trains this model already: convert it first")
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_belongs_to_nobody(sync: bool, copied: Any) -> None:
+    model = model_of()
+    if sync:
+        model = parallel.SyncBatchNorm.convert(model, comm_self())
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm_self())
+    go_on(strategy, 2)
+    other = copied(model)
+    assert distance(other.state_dict(), model.state_dict()) == 0
+    assert np.array_equal(other.eval()(X[:3]).numpy(), model.eval()(X[:3]).numpy())
+    other.train()
+    if sync:
+        with pytest.raises(RuntimeError, match="a copy of a SyncBatchNorm has no ranks"):
+            other(X[:3])
+    else:
+        other(X[:3])
+        assert other[1].num_batches_tracked == 3, "it keeps its own statistics"
+    assert model[1].num_batches_tracked == 2
+
+
+def test_layers_of_a_strategy_that_is_no_more_keep_their_statistics_again() -> None:
+    model = model_of()
+    strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm_self())
+    model(X[:4])
+    assert model[1].num_batches_tracked == 0
+    del strategy
+    gc.collect()
+    model(X[:4])
+    assert model[1].num_batches_tracked == 1

@@ -42,6 +42,11 @@ def test_models_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None
         options.parse(arguments)
 
 
+@pytest.mark.parametrize("page", [*PAGES, "../README.md"])
+def test_nothing_is_left_open(page: str) -> None:
+    assert not re.search(r"\b(FIGURE|TODO|TBD|XXX)\b", (DOCS / page).read_text())
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text()):

@@ -491,3 +491,39 @@ def test_bytes_are_pooled_as_numbers(pool):
         y = pool(x, 2, padding=padding)
         assert y.dtype == np.float32
         assert np.array_equal(y, pool(x.astype(np.float32), 2, padding=padding))
+
+
+def test_a_mean_of_exact_zeros_stays_exact():
+    """ReLU puts Python's 0 among Fractions; 0 / 9 would be a float, and so would all that follows."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, stride=2), nn.ReLU(), nn.AvgPool2d(3)).astype(object)
+    x = np.array([Fraction(i % 7 - 3) for i in range(36)], dtype=object).reshape(1, 1, 6, 6)
+    y = model(x)
+    y.sum().backward()
+    for array in (y.numpy(), model[0].weight.grad.numpy(), model[0].bias.grad.numpy()):
+        assert {type(value) for value in array.ravel()} <= {Fraction, int}
+
+
+def test_a_mean_of_large_half_precision_numbers_does_not_overflow():
+    assert float(F.avg_pool2d(np.full((1, 1, 4, 4), 60000, np.float16), 4).numpy().item()) == 60000
+
+
+@pytest.mark.parametrize("number", [np.uint8(2), np.int64(2)])
+def test_sizes_may_be_numbers_of_numpy_or_lists(number):
+    x = np.ones((1, 1, 300, 6), np.float32)
+    assert nn.MaxPool2d(number)(x).shape == nn.MaxPool2d([number, 2])(x).shape == (1, 1, 150, 3)
+    assert nn.Conv2d(1, 1, 3, padding=np.uint8(130))(x).shape == (1, 1, 558, 264)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: F.conv2d(x, np.ones((4, 1, 3, 3)), np.ones(1)), ValueError, r"a bias of shape \(1,\)"),
+        (lambda x: F.conv2d(x, np.ones((0, 1, 3, 3))), ValueError, "has no elements"),
+        (lambda x: F.conv2d(x, np.ones((2, 1, 0, 0))), ValueError, "has no elements"),
+        (lambda x: F.conv2d(x.astype("U"), np.ones((2, 1, 3, 3))), TypeError, "images must hold numbers, not <U"),
+        (lambda x: F.max_pool2d(x, True), ValueError, "kernel_size=True"),
+    ],
+)
+def test_further_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(np.ones((1, 1, 5, 5)))

@@ -512,3 +512,94 @@ def test_what_is_wrong_with_one_token_stays_with_its_row():
     weight = Tensor(np.ones((3, 1)), requires_grad=True)
     F.embedding([0, 1, 2, 0], weight).backward(np.array([[1], [np.inf], [2], [3]]))
     assert weight.grad.numpy().ravel().tolist() == [4, np.inf, 2]
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_written_goes_on_from_the_last_tokens_alone():
+    model = nn.GPT(7, context=4, embed_dim=8, num_heads=2, num_layers=1, dropout=0.5)
+    long, short = (
+        model.generate([1, 2, 3, 4, 5, 6], 1, temperature=0),
+        model.generate([3, 4, 5, 6], 1, temperature=0),
+    )
+    assert (long.dtype, long.shape) == (np.int64, (7,))
+    assert long.tolist() == [1, 2, *short.tolist()]
+    expected = model.eval()(np.array([[3, 4, 5, 6]])).numpy()[0, -1].argmax()
+    assert short[-1] == expected
+    assert model.generate([3], 0).tolist() == [3]
+
+
+def test_writing_is_drawn_by_the_seed_and_by_chance_as_the_model_says():
+    model = nn.GPT(3, context=2, embed_dim=4, num_heads=1, num_layers=1)
+    model.load_state_dict({**model.state_dict(), "head.weight": np.zeros((3, 4)), "head.bias": np.log([1, 2, 5])})
+    drawn = model.generate([0], 4000, seed=1)
+    assert drawn.tolist() == model.generate([0], 4000, seed=1).tolist()
+    assert drawn.tolist() != model.generate([0], 4000, seed=2).tolist()
+    shares = np.bincount(drawn[1:], minlength=3) / 4000
+    assert np.abs(shares - np.array([1, 2, 5]) / 8).max() < 5 * np.sqrt(0.25 / 4000)
+    colder = np.bincount(model.generate([0], 4000, temperature=0.5)[1:], minlength=3) / 4000
+    assert np.abs(colder - np.array([1, 4, 25]) / 30).max() < 5 * np.sqrt(0.25 / 4000)
+
+
+def test_writing_leaves_each_layers_mode():
+    model = nn.GPT(5, context=4, embed_dim=4, num_heads=1, num_layers=1, dropout=0.5)
+    model.blocks.eval()
+    model.generate([1], 2)
+    assert (model.training, model.norm.training, model.blocks.training) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "one sequence of integer tokens"),
+        ([[1]], {}, ValueError, "one sequence of integer tokens"),
+        ([1.5], {}, ValueError, "one sequence of integer tokens"),
+        ([1], {"temperature": -1}, ValueError, "temperature=-1"),
+        ([1], {"temperature": float("nan")}, ValueError, "temperature=nan"),
+        ([9], {}, IndexError, "token 9"),
+    ],
+)
+def test_what_can_not_be_written(tokens, options, error, message):
+    with pytest.raises(error, match=message):
+        nn.GPT(5, context=4, embed_dim=4, num_heads=1, num_layers=1).generate(tokens, 1, **options)
+
+
+def test_a_model_that_has_diverged_does_not_write():
+    model = nn.GPT(5, context=4, embed_dim=4, num_heads=1, num_layers=1)
+    model.head.bias.data[0] = np.nan
+    with pytest.raises(FloatingPointError, match="has its training diverged"):
+        model.generate([1], 1)
+
+
+# ── further bad input ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_keys_of_another_batch_are_refused_with_and_without_dropout():
+    for dropout in (0.0, 0.5):
+        layer = nn.MultiHeadAttention(4, 2, dropout=dropout)
+        with pytest.raises(ValueError, match="they must agree in all but the length of queries"):
+            layer(np.ones((2, 3, 4), np.float32), np.ones((1, 3, 4), np.float32))
+        assert layer(np.ones((2, 3, 4), np.float32), np.ones((2, 0, 4), np.float32)).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 0)])
+def test_attention_of_vectors_or_of_nothing(shape):
+    with pytest.raises(ValueError, match="attention: queries of shape"):
+        F.scaled_dot_product_attention(*[np.ones(shape)] * 3)
+
+
+def test_lists_of_tokens_and_large_ones():
+    assert nn.GPT(5, context=4, embed_dim=4, num_heads=1, num_layers=1)([[1, 2]]).shape == (1, 2, 5)
+    assert nn.Embedding(5, 3)([]).shape == (0, 3)
+    with pytest.raises(IndexError, match="token 9223372036854775809 at place 1"):
+        F.embedding(np.array([0, 2**63 + 1], np.uint64), np.ones((3, 2)))
+
+
+def test_an_embeddings_sums_are_in_the_order_of_places():
+    rng = np.random.default_rng(0)
+    tokens, grad = rng.integers(0, 3, 200), rng.standard_normal((200, 2)).astype(np.float32)
+    weight = Tensor(np.zeros((3, 2), np.float32), requires_grad=True)
+    F.embedding(tokens, weight).backward(grad)
+    expected = [np.add.reduceat(grad[tokens == t], [0], axis=0)[0] for t in range(3)]
+    assert np.array_equal(weight.grad, expected)

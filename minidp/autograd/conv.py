@@ -39,14 +39,19 @@ class Conv2d(Function):
                 f"conv2d: images of shape {x.shape} (n, channels, height, width) for a weight of shape "
                 f"{weight.shape} (out, channels, rows, columns)"
             )
+        if 0 in weight.shape:
+            raise ValueError(f"conv2d: a weight of shape {weight.shape} has no elements")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"conv2d: a bias of shape {bias.shape} for a weight of shape {weight.shape}: give (out,)"
+            )
         xp = self.xp
         over = windows("conv2d", x, weight.shape[2:], stride, padding)
         image = over.pad(chwn(x), xp, dtype=weight.dtype)
         self.saved = over, image, weight
         w = weight.reshape(len(weight), -1)
-        if (
-            bias is not None
-        ):  # the weight of a pixel that always is 1: so the product adds it, and sums its gradient
+        if bias is not None:
+            # The weight of a pixel that always is 1: so the product adds it, and sums its gradient.
             w, kernel = xp.empty((len(w), w.shape[1] + 1), dtype=w.dtype), w
             w[:, :-1], w[:, -1] = kernel, bias
         y = xp.empty((len(weight), *over.out, x.shape[0]), dtype=weight.dtype)
@@ -141,10 +146,8 @@ def tiles(rows: int, columns: int, most: int) -> Iterator[tuple[int, int, int, i
 
     The parts follow each other in memory, and are of nearly equal size.
     """
-    down = max(1, -(-rows // max(1, most // columns)))
-    across = 1 if most >= columns else -(-columns // most)
-    if across > 1:
-        down = rows
+    down = -(-rows // max(1, most // columns))
+    across = -(-columns // min(most, columns))
     for i in range(down):
         for j in range(across):
             yield i * rows // down, (i + 1) * rows // down, j * columns // across, (j + 1) * columns // across

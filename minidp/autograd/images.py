@@ -52,6 +52,11 @@ class Windows(NamedTuple):
         """Whether no pixel is in two windows."""
         return self.stride[0] >= self.kernel[0] and self.stride[1] >= self.kernel[1]
 
+    @property
+    def cover(self) -> bool:
+        """Whether every pixel is in exactly one window."""
+        return self.apart and all(n * k == p for n, k, p in zip(self.out, self.kernel, self.padded))
+
     def pad(self, x: Array, xp: Any, fill: float = 0, dtype: Any = None) -> Array:
         """(c, h, w, n) with a margin of `fill`, contiguous: a copy unless `x` is that already."""
         dtype = x.dtype if dtype is None else dtype
@@ -88,6 +93,8 @@ def windows(what: str, x: Array, kernel: Pair, stride: Pair, padding: Pair) -> W
     """The windows over `x` (n, c, h, w); ValueError if there is no place for any."""
     if x.ndim != 4:
         raise ValueError(f"{what}: images must have shape (n, channels, height, width), not {x.shape}")
+    if x.dtype.kind not in "biufO":
+        raise TypeError(f"{what}: images must hold numbers, not {x.dtype}")
     found = Windows(x.shape[2:], pair(kernel), pair(stride), pair(padding))
     (rows, columns), (height, width) = found.kernel, found.padded
     if rows > height or columns > width:
@@ -101,12 +108,13 @@ def windows(what: str, x: Array, kernel: Pair, stride: Pair, padding: Pair) -> W
 
 def pair(value: Pair) -> tuple[int, int]:
     """(rows, columns) from one number for both, or from two."""
-    return value if isinstance(value, tuple) else (value, value)
+    rows, columns = value if isinstance(value, tuple | list) else (value, value)
+    return int(rows), int(columns)
 
 
 def check_window(what: str, kernel: Any, stride: Any, padding: Any) -> None:
     """ValueError unless sizes of windows are whole numbers, or pairs of them, in their range."""
     for name, value, least in (("kernel_size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
-        numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-        if not all(isinstance(number, Integral) and int(number) >= least for number in numbers):
+        numbers = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
+        if not all(not isinstance(n, bool) and isinstance(n, Integral) and int(n) >= least for n in numbers):
             raise ValueError(f"{what}: {name}={value!r}: give a whole number from {least} on, or a pair of them")

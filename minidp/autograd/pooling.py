@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from minidp.autograd.function import Function, nbytes_of
@@ -17,10 +18,7 @@ class Pool2d(Function):
 
     def spread(self, over: Windows, grads: Any, shape: tuple[int, ...], dtype: Any) -> Array:
         """Give the pixels at each place of the window what `grads` yields for it, row by row; (n, c, h, w)."""
-        xp = self.xp
-        exact = over.apart and over.out[0] * over.kernel[0] == over.padded[0] and over.kernel == over.stride
-        exact = exact and over.out[1] * over.kernel[1] == over.padded[1]  # every pixel is in one window
-        image = (xp.empty if exact else xp.zeros)((shape[1], *over.padded, shape[0]), dtype=dtype)
+        image = (self.xp.empty if over.cover else self.xp.zeros)((shape[1], *over.padded, shape[0]), dtype=dtype)
         for pixels, grad in zip(over.taps(image), grads):
             if over.apart:
                 pixels[...] = grad
@@ -74,16 +72,20 @@ class AvgPool2d(Pool2d):
         over = windows("avg_pool2d", x, kernel_size, stride, padding)
         image = over.pad(chwn(x), self.xp) if any(over.padding) else chwn(x)
         first, *others = over.taps(image)
-        y = first.copy()
+        y = first.copy().astype("float32" if x.dtype.itemsize < 4 else x.dtype, copy=False)  # half can't hold sums
         for tap in others:
             y += tap
-        y /= math.prod(over.kernel)
         self.saved = over, x.shape
-        return nchw(y)
+        return nchw(self.mean(y, over).astype(x.dtype, copy=False))
+
+    def mean(self, total: Array, over: Windows) -> Array:
+        """Σ / number of pixels; exact where pixels are exact: Python's 0 / 9 would be a float."""
+        pixels = math.prod(over.kernel)
+        return total * Fraction(1, pixels) if total.dtype.kind == "O" else total / pixels
 
     def backward(self, grad: Array) -> Any:
         over, shape = self.saved
-        share = chwn(grad) / math.prod(over.kernel)
+        share = self.mean(chwn(grad), over)
         return self.spread(over, (share for _ in range(math.prod(over.kernel))), shape, grad.dtype)
 
 

@@ -25,7 +25,6 @@ class Reached:
     until: float
     reached: bool
     test_accuracy: float
-    loss: float
     epochs: int
     steps: int
     training_s: float
@@ -42,7 +41,6 @@ class Reached:
             until=until,
             reached=result.accuracy >= until,
             test_accuracy=result.accuracy,
-            loss=result.loss,
             epochs=len(result.epoch_s),
             steps=result.steps,
             training_s=sum(result.epoch_s),

@@ -39,6 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train the same model with 1 worker and with N, on real handwritten digits unless told "
         "otherwise: how much faster are N, what do they send, and do they end at the same parameters? With worker "
         "processes on this machine, or on a virtual cluster of any size.",
+        epilog="Defaults: "
+        + "; ".join(_usual(dataset, model) for dataset in FITTING for model in FITTING[dataset])
+        + ".",
     )
     add = parser.add_argument
     add("--workers", type=int, default=cores(), help="N, the workers (default: the cores, %(default)s)")
@@ -51,10 +54,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="handwritten digits or pictures of clothes for mlp and cnn, a play for the transformer (default: "
         "digits, or text)",
     )
-    add("--epochs", type=int, help="passes over the training data (default: 20 for an MLP on digits)")
-    add("--global-batch-size", type=int, help="B, samples a step over all workers (default: 256 for an MLP)")
-    add("--lr", type=float, help="learning rate η (default: depends on optimizer and model)")
-    add("--optimizer", choices=OPTIMIZERS, help="update rule (default: momentum for an MLP, else adam)")
+    add("--epochs", type=int, help="passes over the training data (default: see below)")
+    add("--global-batch-size", type=int, help="B, samples a step over all workers (default: see below)")
+    add("--lr", type=float, help="learning rate η (default: see below)")
+    add("--optimizer", choices=OPTIMIZERS, help="update rule (default: see below)")
     add(
         "--until",
         type=float,
@@ -214,6 +217,15 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
         return replace(cluster, nodes=NAMES[args.topology].room_for(cluster.nodes), topology=args.topology)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _usual(dataset: str, model: str) -> str:
+    """The defaults of a task in words."""
+    usual = Task(model, dataset).defaults
+    return (
+        f"{model} on {dataset}: {usual.epochs} epoch{'s' * (usual.epochs > 1)}, B = {usual.global_batch_size}, "
+        f"{usual.optimizer}, η = {usual.lr:g}"
+    )
 
 
 def _straggler(text: str) -> tuple[int, float]:

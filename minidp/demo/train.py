@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -112,14 +113,17 @@ def train(comm: Communicator, job: Job) -> Result:
             note = f"epoch {epoch + 1}, loss {float(loss):.3f}"
             if job.save is not None:
                 strategy.save(job.save)
+            comm.progress(strategy.updates, total, note)
             if job.until is not None:
                 _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
-                note += f", test accuracy {correct / count:.1%}"
-            comm.progress(strategy.updates, total, note)
-            if job.until is not None and correct / count >= job.until:
-                break
-    loss_sum, _, seen = evaluate(comm, strategy.model, train_set, strategy.shard)
-    _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
+                if comm.rank == 0:
+                    print(f"{note}, test accuracy {correct / count:.2%}, {sum(epoch_s):.1f} s", flush=True)
+                if correct / count >= job.until:
+                    break
+    loss_sum, seen = math.nan, 1.0
+    if job.until is None:
+        loss_sum, _, seen = evaluate(comm, strategy.model, train_set, strategy.shard)
+        _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
     state = strategy.state_dict()  # collective: every rank calls it
     return Result(
         steps=strategy.updates - (resumed_at or 0),

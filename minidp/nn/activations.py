@@ -169,15 +169,15 @@ class Embedding(Function):
     fresh = True
 
     def forward(self, weight: Array, tokens: Array) -> Array:
-        tokens = asarray(tokens, self.xp)
-        if tokens.dtype.kind not in "iu":
+        tokens = given = asarray(tokens, self.xp)
+        if tokens.dtype.kind not in "iu" and tokens.size:  # of an empty list the dtype says nothing
             raise TypeError(f"embedding: tokens must be integers in 0 … {len(weight) - 1}, not {tokens.dtype}")
         tokens = tokens.astype("int64", copy=False)
         wrong = tokens.view("uint64") >= len(weight)  # a negative token, seen as unsigned, is larger than any
         if wrong.any():
             where = int(to_numpy(wrong).argmax())
             raise IndexError(
-                f"embedding: token {to_numpy(tokens).ravel()[where]} at place {where} is outside "
+                f"embedding: token {to_numpy(given).ravel()[where]} at place {where} is outside "
                 f"0 … {len(weight) - 1}, the rows of a weight of shape {weight.shape}"
             )
         self.saved = tokens, weight.shape

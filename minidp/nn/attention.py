@@ -45,17 +45,22 @@ def attend_backward(grad: Array, q: Array, k: Array, v: Array, p: Array, y: Arra
     return grad_s @ k, grad_s.swapaxes(-1, -2) @ q, grad_v
 
 
+def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    """ValueError unless they are (..., t, d), (..., s, d), (..., s, d) with d of 1 or more."""
+    if len(q) < 2 or q[:-2] != k[:-2] or q[-1] != k[-1] or k != v or k[-1] == 0:
+        raise ValueError(
+            f"attention: queries of shape {q}, keys {k}, values {v}: they must agree in all but the length of "
+            "queries, (..., t, d), (..., s, d), (..., s, d), and d may not be 0"
+        )
+
+
 class Attention(Function):
     """Q (..., t, d), K (..., s, d), V (..., s, d) → (..., t, d)."""
 
     fresh = True
 
     def forward(self, q: Array, k: Array, v: Array, causal: bool = False) -> Array:
-        if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2] or q.shape[-1:] != k.shape[-1:] or k.shape != v.shape:
-            raise ValueError(
-                f"attention: queries of shape {q.shape}, keys {k.shape}, values {v.shape}: they must agree in all "
-                "but the length of queries, (..., t, d), (..., s, d), (..., s, d)"
-            )
+        check_shapes(q.shape, k.shape, v.shape)
         y, p = attend(q, k, v, causal, self.xp)
         self.saved = q, k, v, p, y
         return y

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+from weakref import ReferenceType, ref
 
 import numpy as np
 
@@ -10,8 +12,10 @@ from minidp.autograd import Tensor
 from minidp.backend import Array, array_module, asarray
 from minidp.nn.module import Module
 from minidp.nn.normalization import BatchNorm as Operation
-from minidp.nn.normalization import Pool, Record
+from minidp.nn.normalization import Moments, Pool
 from minidp.nn.parameter import Parameter
+
+Record: TypeAlias = Callable[[int, Array, Array], object]
 
 
 class BatchNorm(Module):
@@ -38,7 +42,7 @@ class BatchNorm(Module):
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         if num_features < 1:
             raise ValueError(f"{type(self).__name__}: num_features={num_features}: give 1 or more")
-        if eps <= 0:
+        if not eps > 0:
             raise ValueError(f"{type(self).__name__}: eps={eps}: give a small positive number")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"{type(self).__name__}: momentum={momentum}: give a share from 0 to 1, or None")
@@ -48,14 +52,26 @@ class BatchNorm(Module):
         self.register_buffer("running_mean", np.zeros(num_features, dtype=np.float32))
         self.register_buffer("running_var", np.ones(num_features, dtype=np.float32))
         self.register_buffer("num_batches_tracked", np.zeros((), dtype=np.int64))
-        self._record: Record | None = None
+        self._follower: ReferenceType[Record] | None = None
 
     def initial(self, name: str, rng: np.random.Generator) -> np.ndarray:
         return np.full(self.num_features, float(name == "weight"))
 
     def follow(self, record: Record | None) -> None:
-        """From now on tell `record` (count, μ, σ²) of each batch of training, instead of moving the buffers."""
-        self._record = record
+        """From now on tell `record` (count, μ, σ²) of each batch of training, instead of moving the buffers.
+
+        For as long as somebody else holds it: a strategy does. None: move them again.
+        """
+        self._follower = None if record is None else ref(record)
+
+    @property
+    def followed(self) -> bool:
+        """Whether somebody else takes care of the buffers."""
+        return self._follower is not None and self._follower() is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles belong to no strategy."""
+        return {**vars(self), "_follower": None}
 
     def forward(self, x: Any) -> Tensor:
         shape = x.shape
@@ -74,8 +90,14 @@ class BatchNorm(Module):
                 "sample can't be normalised: give every rank (and micro-shard) batches of 2 samples or more in "
                 "training, or call model.eval() if this is no training"
             )
-        record = self._record or self.update_running
-        return Operation.apply(x, self.weight, self.bias, eps=self.eps, pool=pool, record=record)
+        return Operation.apply(x, self.weight, self.bias, eps=self.eps, pool=pool, record=self._seen)
+
+    def _seen(self, own: Moments, together: Moments) -> None:
+        record = None if self._follower is None else self._follower()
+        if record is None:
+            self.update_running(*together)
+        else:
+            record(*own)
 
     def pool(self) -> Pool | None:
         """Who normalises together with this layer: nobody."""

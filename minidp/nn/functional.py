@@ -138,9 +138,10 @@ def scaled_dot_product_attention(
     With `causal`, place t sees 0 … t only. `dropout`, a function such as a Dropout layer, changes the shares
     softmax(…): then the operation is made of its parts.
     """
-    if dropout is None:
+    if dropout is None or not key.shape[-2]:  # of no shares there is nothing to drop
         return _att.Attention.apply(query, key, value, causal=causal)
     query, key, value = (x if isinstance(x, Tensor) else Tensor(x) for x in (query, key, value))
+    _att.check_shapes(query.shape, key.shape, value.shape)
     axes = (*range(key.ndim - 2), key.ndim - 1, key.ndim - 2)
     scores = (query * (1 / math.sqrt(query.shape[-1]))) @ key.transpose(*axes)
     if causal:

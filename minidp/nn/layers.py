@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,11 @@ class LayerNorm(Module):
     """
 
     def __init__(self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5) -> None:
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        one = isinstance(normalized_shape, Integral)
+        shape = (int(normalized_shape),) if one else tuple(normalized_shape)  # type: ignore[arg-type]
         if not shape or min(shape) < 1:
             raise ValueError(f"LayerNorm: normalized_shape={normalized_shape}: give positive sizes")
-        if eps <= 0:
+        if not eps > 0:
             raise ValueError(f"LayerNorm: eps={eps}: give a small positive number")
         self.normalized_shape, self.eps = shape, eps
         self.weight = Parameter(np.ones(shape, dtype=np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class GPT(Module):
         self.initialize(seed)
 
     def forward(self, tokens: Any) -> Tensor:
+        if not hasattr(tokens, "shape"):
+            tokens = np.asarray(tokens)
         if len(tokens.shape) != 2 or tokens.shape[1] > self.context:
             raise ValueError(f"GPT: tokens must have shape (batch, at most {self.context}), not {tokens.shape}")
         x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
@@ -80,22 +83,25 @@ class GPT(Module):
         Each is drawn from softmax(logits / temperature), the same by the same seed; temperature 0 takes the
         likeliest. The model looks at no more than the last `context` tokens, and evaluates (no dropout).
         """
-        written = np.asarray(tokens, dtype=np.int64)
-        if written.ndim != 1 or not len(written):
-            raise ValueError(
-                f"generate: tokens of shape {written.shape}: give one sequence (t,) to go on from, t ≥ 1"
-            )
-        if temperature < 0 or count < 0:
+        written = np.asarray(tokens)
+        if written.ndim != 1 or written.dtype.kind not in "iu":
+            raise ValueError("generate: give one sequence of integer tokens (t,) to go on from, with one at least")
+        if not (0 <= temperature < math.inf) or count < 0:
             raise ValueError(f"generate: temperature={temperature}, count={count}: give 0 or more")
-        rng, mode = generator(seed, "generate"), self.training
+        rng, modes = generator(seed, "generate"), {module: module.training for module in self.modules()}
         self.eval()
         try:
             with no_grad():
                 for _ in range(count):
                     logits = self(written[None, -self.context :]).numpy()[0, -1].astype(np.float64)
-                    # argmax of logits / T + Gumbel noise is a draw from softmax(logits / T), for T = 0 too.
+                    if not np.isfinite(logits).all():
+                        raise FloatingPointError(
+                            "generate: the model's logits are not finite: has its training diverged?"
+                        )
+                    # argmax of logits + T · Gumbel noise is a draw from softmax(logits / T), for T = 0 too.
                     noise = temperature * rng.gumbel(size=self.vocab_size)
                     written = np.append(written, (logits + noise).argmax())
         finally:
-            self.train(mode)
-        return written
+            for module, mode in modes.items():
+                module.training = mode
+        return written.astype(np.int64)

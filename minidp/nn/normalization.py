@@ -76,15 +76,16 @@ class Pool(Protocol):
         """The sums of all together; shapes (c,)."""
 
 
-Record = Callable[[int, Array, Array], None]
+Moments = tuple[int, Array, Array]
+"""(count, μ, σ²) of a batch, σ² biased; shapes (c,)."""
 
 
 class BatchNorm(Function):
     """y = x̂ · w + b with x̂ = (x − μ) / √(σ² + ε), μ and σ² of each channel (Ioffe & Szegedy 2015).
 
     x (n, c, ...), w and b (c,) → y like x. μ and σ² (biased) are of the n samples and all places in them, of
-    those of `pool` too if there is one, or given as `moments` (then constants). `record` is told (count, μ, σ²)
-    of these samples alone, from which running statistics are made.
+    those of `pool` too if there is one, or given as `moments` (then constants). `record` is told the moments of
+    these samples alone and those of all together, from which running statistics are made.
     """
 
     fresh = True
@@ -97,7 +98,7 @@ class BatchNorm(Function):
         eps: float = 1e-5,
         moments: tuple[Array, Array] | None = None,
         pool: Pool | None = None,
-        record: Record | None = None,
+        record: Callable[[Moments, Moments], None] | None = None,
     ) -> Array:
         wide = "float32" if weight.dtype.itemsize < 4 else weight.dtype
         x = x.astype(wide, copy=False)
@@ -109,12 +110,12 @@ class BatchNorm(Function):
             normal = x - mean.reshape(shape)
             var = (normal * normal).sum(axis=axes)
             var /= max(1, count)
-            if record is not None:
-                record(count, mean, var)
+            own = count, mean, var
             if pool is not None:
-                own = mean
                 count, mean, var = pool.moments(count, mean, var)
-                normal += (own - mean).reshape(shape)
+                normal += (own[1] - mean).reshape(shape)
+            if record is not None:
+                record(own, (count, mean, var))
         else:
             count, (mean, var) = 0, (asarray(moment, self.xp) for moment in moments)
             normal = x - mean.reshape(shape)

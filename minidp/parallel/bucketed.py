@@ -150,7 +150,7 @@ class BucketedDataParallel(DataParallel):
         total = self._meet(samples)
         if total == 0:
             return
-        self._layers.gather()
+        self._layers.gather(self.check_finite, self.updates)
         with trace.span("update", "compute"):
             trouble = self._average_and_update(total)
         if trouble is not None:

@@ -57,7 +57,8 @@ class DataParallel(Strategy):
             messages there is nothing to check: what leaves is a copy.
 
     Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
-    of w that they read), two barriers (three with ``clip_norm``), the update done once instead of N times.
+    of w that they read), two barriers (one more with ``clip_norm``, and one with batch norm, whose statistics are
+    gathered: ``layer_state.py``), the update done once instead of N times.
     Memory: see ``slabs.py``. Sources: Li et al., VLDB 2020; Rajbhandari et al., "ZeRO", SC 2020 (sharded update).
     """
 
@@ -206,7 +207,7 @@ class DataParallel(Strategy):
             self._verify(mine)
         if total == 0:
             return
-        self._layers.gather()
+        self._layers.gather(self.check_finite, self.updates)
         with trace.span("reduce and update", "compute"):
             trouble = self._average_and_update(total)
         with trace.span("wait for parameters", "wait"):

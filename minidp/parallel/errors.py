@@ -7,13 +7,13 @@ class NonFiniteGradient(FloatingPointError):
     """The averaged gradient holds NaN or infinity. Nothing was committed: parameters and state are whole.
 
     ``parameter``, ``rank`` and ``step`` tell where; rank is -1 if every rank's own gradient is finite and only
-    their sum is not.
+    their sum is not. It may be a batch norm's statistics instead (``what``); then ``parameter`` is that layer.
     """
 
-    def __init__(self, parameter: str, rank: int, step: int, value: float) -> None:
+    def __init__(self, parameter: str, rank: int, step: int, value: float, what: str = "gradient") -> None:
         where = f"on rank {rank}" if rank >= 0 else "in the sum over ranks (each rank's own is finite)"
         super().__init__(
-            f"the gradient of {parameter!r} is {value} {where} at step {step}. The parameters are those of the "
+            f"the {what} of {parameter!r} is {value} {where} at step {step}. The parameters are those of the "
             "last good step: call strategy.discard() to go on without this batch, lower the learning rate, give "
             "clip_norm=, or turn the check off by check_finite=False"
         )

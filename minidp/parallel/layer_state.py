@@ -16,6 +16,7 @@ from minidp.backend import Array, to_numpy
 from minidp.comm import Communicator
 from minidp.nn import Dropout, DropoutScope, Module
 from minidp.nn.batch_norm import BatchNorm, combine
+from minidp.parallel.errors import NonFiniteGradient
 
 Rows = npt.NDArray[np.float64]
 
@@ -35,15 +36,18 @@ class LayerState:
         for module in model.modules():
             if isinstance(module, Dropout):
                 module.follow(self._masks)
-        self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+        self._names, self._norms = list(norms), list(norms.values())
         ends = np.cumsum([1 + 2 * norm.num_features for norm in self._norms], dtype=int).tolist()
         # A row a leaf, in it (count, μ, σ²) of each layer: what its batches of this step have been together.
         self._rows: Rows = np.zeros((leaves, ends[-1] if ends else 0))
         self._places = [slice(start, end) for start, end in zip([0, *ends], ends)]
         self._gathered: Rows | None = None
         self._leaf = 0
-        for i, norm in enumerate(self._norms):
-            norm.follow(partial(self._record, i))
+        # Held here and nowhere else: if the strategy is no more, layers keep their statistics themselves again.
+        self._records = [partial(self._record, i) for i in range(len(self._norms))]
+        for norm, record in zip(self._norms, self._records):
+            norm.follow(record)
 
     def begin(self, update: int) -> None:
         """A new step: its masks differ, and no batch has been seen."""
@@ -61,15 +65,22 @@ class LayerState:
     def reseed(self, seed: int) -> None:
         self._masks.seed = seed
 
-    def gather(self) -> None:
+    def gather(self, check_finite: bool, update: int) -> None:
         """Get every leaf's statistics of this step, in order of leaf. Collective, if there are such layers.
 
         Before the update is committed, so that afterwards nobody has to be waited for: a step is whole, or has not
-        been.
+        been. With `check_finite`, NonFiniteGradient on all ranks if a rank has seen NaN or infinity.
         """
-        if self._norms:
-            self._gathered = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
-            self._comm.all_gather(self._gathered, self._rows)
+        if not self._norms:
+            return
+        rows = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
+        self._comm.all_gather(rows, self._rows)
+        if check_finite and not np.isfinite(rows).all():
+            at, leaf = (int(i) for i in np.argwhere(~np.isfinite(rows.T))[0])  # the first layer's: it has spread
+            layer = next(i for i, place in enumerate(self._places) if at < place.stop)
+            rank, value = leaf // len(self._rows), float(rows[leaf, at])
+            raise NonFiniteGradient(self._names[layer], rank, update, value, what="batch's statistics")
+        self._gathered = rows
 
     def commit(self) -> None:
         """Move the running statistics by what was gathered: all leaves together, summed in order of leaf."""

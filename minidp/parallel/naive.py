@@ -76,7 +76,7 @@ class NaiveDataParallel(Strategy):
         total = int(count[0])  # Σ n_i
         if total == 0:
             return
-        self._layers.gather()
+        self._layers.gather(self.check_finite, self.updates)
         gradients = [self._mean_gradient(i, total) for i in range(len(self.layout.segments))]  # ∇L
         if self.clip_norm is not None:
             scale = self._clip_scale(gradients, self.clip_norm)

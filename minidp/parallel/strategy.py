@@ -99,7 +99,7 @@ class Strategy(ABC):
             x, y: inputs and targets, arrays with the same length along axis 0 (0 is allowed).
             loss_fn: ``loss_fn(model(x), y)`` is a mean over the batch.
 
-        Returns: the loss on this rank, shape (), without a graph. Sent: nothing.
+        Returns: the loss on this rank, shape (), without a graph. Sent: nothing, but by `SyncBatchNorm`.
         """
         if self._leaves == 1:
             return self._forward_backward(x, y, loss_fn)

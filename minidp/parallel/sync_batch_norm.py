@@ -20,7 +20,7 @@ class SyncBatchNorm(BatchNorm):
     Forward and backward equal those of one worker with the whole batch, for shares of any sizes, none included:
     μ = Σ b_i μ_i / B, σ² = Σ b_i (σ_i² + (μ_i − μ)²) / B. Every rank must run the same forwards and backwards, one
     without samples too. Losses must be weighted by samples, as strategies do. Not with ``micro_shards``, which
-    are computed one after the other.
+    are computed one after the other. Without a strategy the buffers move by the moments of all ranks, on each.
 
     Args:
         num_features, eps, momentum: see `nn.BatchNorm2d`. Inputs (n, c, ...) of any number of axes.
@@ -34,14 +34,22 @@ class SyncBatchNorm(BatchNorm):
         self, num_features: int, comm: Communicator, eps: float = 1e-5, momentum: float | None = 0.1
     ) -> None:
         super().__init__(num_features, eps, momentum)
-        self._pool = _Ranks(comm.duplicate("SyncBatchNorm"))
+        self._ranks: _Ranks | None = _Ranks(comm.duplicate("SyncBatchNorm"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy can evaluate; it belongs to no ranks with which it could train."""
+        return {**super().__getstate__(), "_ranks": None}
 
     @classmethod
     def convert(cls, model: Module, comm: Communicator) -> Module:
         """Put one in place of each BatchNorm of `model`, with its parameters and buffers; returns the model.
 
-        Collective, and before a strategy is built. If the model itself is a BatchNorm, its successor is returned.
+        Collective. If the model itself is a BatchNorm, its successor is returned.
+
+        Raises RuntimeError if a strategy trains the model: convert first, then build the strategy.
         """
+        if any(isinstance(module, BatchNorm) and module.followed for module in model.modules()):
+            raise RuntimeError("a strategy trains this model already: convert it first, then build the strategy")
         if isinstance(model, BatchNorm):
             return model if isinstance(model, cls) else cls._successor(model, comm)
         successors: dict[Module, SyncBatchNorm] = {}  # a tied layer has one
@@ -62,7 +70,12 @@ class SyncBatchNorm(BatchNorm):
         return new
 
     def pool(self) -> Pool:
-        return self._pool
+        if self._ranks is None:
+            raise RuntimeError(
+                "a copy of a SyncBatchNorm has no ranks to train with: evaluate it (model.eval()), or load its "
+                "state_dict() into one that is built with a comm"
+            )
+        return self._ranks
 
 
 class _Ranks:
