@@ -55,7 +55,7 @@ class Conv2d(Function):
             w, kernel = xp.empty((len(w), w.shape[1] + 1), dtype=w.dtype), w
             w[:, :-1], w[:, -1] = kernel, bias
         y = xp.empty((len(weight), *over.out, x.shape[0]), dtype=weight.dtype)
-        for columns, patches, _, _ in self.pieces(over, image, w, y):
+        for columns, patches, _, _ in self.pieces(over, image, w.shape[1], y):
             xp.matmul(w, patches, out=columns)
         return nchw(y)
 
@@ -69,7 +69,7 @@ class Conv2d(Function):
         pixels, with_bias = len(transposed), len(needs) == 3
         grad_image = xp.zeros(image.shape, dtype=image.dtype) if needs[0] else None
         grad_w = xp.zeros((pixels + with_bias, len(w)), dtype=w.dtype)  # this way round it is faster by a third
-        for columns, patches, images, tile in self.pieces(over, image, grad_w.T, grad):
+        for columns, patches, images, tile in self.pieces(over, image, len(grad_w), grad):
             grad_w += patches @ columns.T
             if grad_image is not None:
                 xp.matmul(transposed, columns, out=patches[:pixels])  # the patches have been used
@@ -83,17 +83,17 @@ class Conv2d(Function):
         return tuple(grads)
 
     def pieces(
-        self, over: Windows, image: Array, w: Array, y: Array
+        self, over: Windows, image: Array, size: int, y: Array
     ) -> Iterator[tuple[Array, Array, Array, tuple[int, ...]]]:
         """In turn: columns of `y` as a matrix, the patches that belong to them as a matrix, as images, and where.
 
-        `w` tells how large patches are: with a bias they have a row of ones. Where: top, bottom, left, right.
+        A patch has `size` rows: with a bias one of ones. Where: top, bottom, left, right.
         """
         rows, columns = over.out
-        n, size = image.shape[3], w.shape[1]
+        n = image.shape[3]
         most = PIECE_BYTES // image.dtype.itemsize // size
         if size <= SHORT_SUM:
-            most = min(most, UNPACKED // w.size)
+            most = min(most, UNPACKED // (size * len(y)))
         whole, matrix = over.patches(image, self.xp), y.reshape(len(y), -1)
         pixels = math.prod(whole.shape[:3])
         for top, bottom, left, right in tiles(rows, columns, max(1, most // max(n, 1))):

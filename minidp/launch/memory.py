@@ -2,7 +2,8 @@
 
 glibc hands large blocks back to the kernel as soon as they are free, and gets them back as pages that do not exist
 yet: each is faulted in and zeroed at its first touch. A step of training frees and takes the same blocks again
-and again. A CNN's step (batch 64) had 2300 page faults, which took 5 of its 17 ms; with this, none.
+and again. A CNN's step (1 → 16 → 32 channels, batch 64) took 19 ms and 4000 page faults; with this, 10.5 ms and
+none.
 """
 
 from __future__ import annotations

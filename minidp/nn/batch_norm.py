@@ -133,15 +133,3 @@ class BatchNorm2d(BatchNorm):
 
     dims = (4,)
     shapes = "(n, c, height, width)"
-
-
-def combine(counts: Array, means: Array, variances: Array) -> tuple[int, Array, Array]:
-    """(B, μ, σ²) of k batches together: counts (k,), means and variances (k, c) → int, (c,), (c,).
-
-    μ = Σ b_i μ_i / B and σ² = Σ b_i (σ_i² + (μ_i − μ)²) / B, summed in order of i (Chan et al. 1983). Not
-    E[x²] − μ², which cancels. Zeros if all batches are empty.
-    """
-    weights = counts.reshape(-1, 1) / max(1, counts.sum())
-    mean = (weights * means).sum(axis=0)
-    var = (weights * (variances + (means - mean) ** 2)).sum(axis=0)
-    return int(counts.sum()), mean, var

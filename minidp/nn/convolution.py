@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minidp.autograd import Tensor
-from minidp.autograd.images import Pair, check_window, pair
+from minidp.autograd.images import Pair, check_padding, check_window, pair
 from minidp.nn import functional
 from minidp.nn.init import fan_in_uniform
 from minidp.nn.module import Module
@@ -60,7 +60,7 @@ class _Pool2d(Module):
         stride = kernel_size if stride is None else stride
         check_window(name, kernel_size, stride, padding)
         self.kernel_size, self.stride, self.padding = pair(kernel_size), pair(stride), pair(padding)
-        functional.check_padding(name, self.kernel_size, self.padding)
+        check_padding(name, self.kernel_size, self.padding)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"

@@ -13,7 +13,7 @@ from minidp.autograd import Tensor
 from minidp.autograd import conv as _conv
 from minidp.autograd import ops as _ops
 from minidp.autograd import pooling as _pooling
-from minidp.autograd.images import Pair, check_window, pair
+from minidp.autograd.images import Pair, check_padding, check_window
 from minidp.backend import array_module
 from minidp.nn import activations as _act
 from minidp.nn import attention as _att
@@ -107,14 +107,6 @@ def _pool2d(
     check_window(name, kernel_size, stride, padding)
     check_padding(name, kernel_size, padding)
     return operation.apply(x, kernel_size=kernel_size, stride=stride, padding=padding)
-
-
-def check_padding(name: str, kernel_size: Pair, padding: Pair) -> None:
-    """ValueError if a window could lie in the padding alone."""
-    if any(2 * p > k for k, p in zip(pair(kernel_size), pair(padding))):
-        raise ValueError(
-            f"{name}: padding={padding} is more than half of kernel_size={kernel_size}: windows would see no image"
-        )
 
 
 def embedding(tokens: Any, weight: Any) -> Tensor:
