@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import minidp
 from minidp import data, nn, optim, parallel
 from minidp.comm import comm_self
 from minidp.nn import functional as F
-from minidp.nn.batch_norm import combine
+from minidp.parallel.moments import as_row, combine
 from tests.told import told
+from tests.training import go_on, spawned
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -26,6 +26,7 @@ WORLDS = ("process", "virtual")
 STRATEGIES = ("DataParallel", "NaiveDataParallel")
 RNG = np.random.default_rng(5)
 X, Y = RNG.standard_normal((38, 3, 4, 4)) * 2 + 1, RNG.integers(0, 3, 38)  # batches of 16: the last one has 6
+SAMPLES = data.ArrayDataset(X, Y)
 
 
 def buffers_of(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -47,7 +48,7 @@ def test_combined_moments_are_those_of_all_values(counts: list[int], offset: flo
     rng = np.random.default_rng(sum(counts))
     batches = [rng.standard_normal((n, 3)) + offset for n in counts]
     moments = [(x.mean(axis=0), x.var(axis=0)) if len(x) else (np.zeros(3), np.zeros(3)) for x in batches]
-    total, mean, var = combine(np.array(counts, float), *(np.stack(m) for m in zip(*moments)))
+    total, mean, var = combine(np.stack([as_row(n, *each) for n, each in zip(counts, moments)]))
     together = np.concatenate(batches)
     assert total == len(together)
     if total == 0:
@@ -59,9 +60,8 @@ def test_combined_moments_are_those_of_all_values(counts: list[int], offset: flo
 
 
 def test_a_mean_of_means_would_be_wrong() -> None:
-    counts, means = np.array([1.0, 3.0]), np.array([[0.0], [4.0]])
-    assert combine(counts, means, np.zeros((2, 1)))[1] == 3
-    assert combine(counts, means, np.zeros((2, 1)))[2] == 3  # (1 · 9 + 3 · 1) / 4
+    total, mean, var = combine(np.array([[1.0, 0.0, 0.0], [3.0, 4.0, 0.0]]))
+    assert (total, mean, var) == (4, 3, 3)  # (1 · 9 + 3 · 1) / 4
 
 
 # --- by itself ------------------------------------------------------------------------------------------------
@@ -157,29 +157,14 @@ def model_of(first: bool = False, dropout: bool = False) -> nn.Sequential:
     ).astype("float64")
 
 
-def go_on(strategy: Any, updates: int, size: int = 16) -> None:
-    loader = data.DataLoader(data.ArrayDataset(X, Y), global_batch_size=size, shard=strategy.shard, shuffle=True)
-    while strategy.updates < updates:
-        epoch, step = loader.position(strategy.updates)
-        for x, y in loader.epoch(epoch, start_step=step):
-            strategy.forward_backward(x, y, F.cross_entropy)
-            strategy.step()
-            if strategy.updates == updates:
-                break
-
-
 def trained(comm: Any, kind: str, sync: bool = False, first: bool = False, size: int = 16, **options: Any) -> Any:
     model: Any = model_of(first)
     if sync:
         model = parallel.SyncBatchNorm.convert(model, comm)
     rule = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     strategy = getattr(parallel, kind)(model, rule, comm, **options)
-    go_on(strategy, 7, size)
+    go_on(strategy, SAMPLES, size, 7)
     return strategy.state_dict()
-
-
-def spawned(function: Any, ranks: int, world: str, *args: Any) -> list[Any]:
-    return minidp.spawn(function, ranks, *args, world=world, progress=False, blas_threads=1)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
@@ -218,8 +203,7 @@ def in_parts(comm: Any, parts: int) -> dict[str, np.ndarray]:
     rule = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     strategy = parallel.DataParallel(model, rule, comm, accumulation_steps=parts)
     loaders = [
-        data.DataLoader(data.ArrayDataset(X, Y), global_batch_size=16, shard=(i, parts), shuffle=True)
-        for i in range(parts)
+        data.DataLoader(SAMPLES, global_batch_size=16, shard=(i, parts), shuffle=True) for i in range(parts)
     ]
     while strategy.updates < 7:
         epoch, step = loaders[0].position(strategy.updates)
@@ -244,7 +228,7 @@ def hashed(comm: Any, dropout: bool, size: int, options: dict[str, Any]) -> str:
 
     model = model_of(dropout=dropout)
     strategy = parallel.DataParallel(model, optim.Adam(model.parameters(), lr=0.01), comm, **options)
-    go_on(strategy, 9, size)
+    go_on(strategy, SAMPLES, size, 9)
     state = strategy.state_dict()
     assert int(state["1.num_batches_tracked"]) == 9
     return sha256(b"".join(state[name].tobytes() for name in sorted(state))).hexdigest()
@@ -297,9 +281,9 @@ def saved(comm: Any, folder: Path, updates: int, save_at: int | None) -> dict[st
     if save_at is None:
         strategy.load(folder)
     else:
-        go_on(strategy, save_at)
+        go_on(strategy, SAMPLES, 16, save_at)
         strategy.save(folder)
-    go_on(strategy, updates)
+    go_on(strategy, SAMPLES, 16, updates)
     return strategy.state_dict()
 
 
@@ -448,7 +432,7 @@ def test_a_copy_belongs_to_nobody(sync: bool, copied: Any) -> None:
     if sync:
         model = parallel.SyncBatchNorm.convert(model, comm_self())
     strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm_self())
-    go_on(strategy, 2)
+    go_on(strategy, SAMPLES, 16, 2)
     other = copied(model)
     assert distance(other.state_dict(), model.state_dict()) == 0
     assert np.array_equal(other.eval()(X[:3]).numpy(), model.eval()(X[:3]).numpy())

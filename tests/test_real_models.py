@@ -13,6 +13,7 @@ import minidp
 from minidp import data, nn, optim, parallel
 from minidp.comm import comm_self
 from minidp.nn import functional as F
+from tests.training import go_on, spawned
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -22,7 +23,7 @@ TEXT = "so many ranks, so many shards; one gradient, one step, one model. " * 12
 
 
 def task(kind: str) -> tuple[nn.Module, data.ArrayDataset]:
-    """A small model in float64, and 40 samples for it."""
+    """A small model in float64, and 40 samples for it: of global batches of 17 the third of an epoch has 6."""
     if kind == "cnn":
         x, y = data.load_digits()[0][:40]
         images = data.ArrayDataset(x.reshape(-1, 1, 8, 8).astype("float64"), y)
@@ -30,18 +31,6 @@ def task(kind: str) -> tuple[nn.Module, data.ArrayDataset]:
     windows = data.TextDataset(TEXT, context=12)
     model = nn.GPT(len(windows.vocabulary), context=12, embed_dim=16, num_heads=2, num_layers=2, dropout=0.1)
     return model.astype("float64"), data.ArrayDataset(*windows[:40])
-
-
-def go_on(strategy: Any, dataset: Any, updates: int) -> None:
-    """Global batches of 17: the third of an epoch has 6."""
-    loader = data.DataLoader(dataset, global_batch_size=17, shard=strategy.shard, shuffle=True)
-    while strategy.updates < updates:
-        epoch, step = loader.position(strategy.updates)
-        for x, y in loader.epoch(epoch, start_step=step):
-            strategy.forward_backward(x, y, F.cross_entropy)
-            strategy.step()
-            if strategy.updates == updates:
-                break
 
 
 def trained(comm: Any, kind: str, strategy: str, rule: str, options: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -55,12 +44,8 @@ def trained(comm: Any, kind: str, strategy: str, rule: str, options: dict[str, A
         "adam": lambda p: optim.Adam(p, lr=0.01),
     }
     s = getattr(parallel, strategy)(model, rules[rule](model.parameters()), comm, **options)
-    go_on(s, dataset, 12)
+    go_on(s, dataset, 17, 12)
     return s.state_dict()
-
-
-def spawned(function: Any, ranks: int, world: str, *args: Any) -> list[Any]:
-    return minidp.spawn(function, ranks, *args, world=world, progress=False, blas_threads=1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -95,11 +80,11 @@ def resumed(comm: Any, kind: str, folder: Path, save: bool) -> dict[str, np.ndar
     model, dataset = task(kind)
     s = parallel.DataParallel(model, optim.Adam(model.parameters(), lr=0.01), comm)
     if save:
-        go_on(s, dataset, 5)
+        go_on(s, dataset, 17, 5)
         s.save(folder)
     else:
         s.load(folder)
-    go_on(s, dataset, 9)
+    go_on(s, dataset, 17, 9)
     return s.state_dict()
 
 

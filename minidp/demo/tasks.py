@@ -54,17 +54,28 @@ class Task:
             return train, test
         return _as_images(train), _as_images(test)
 
+    @property
+    def side(self) -> int:
+        """Pixels of an image's side."""
+        return 8 if self.dataset == "digits" else 28
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the model's layers: widths of an MLP, channels of a CNN."""
+        if self.model == "mlp":
+            return (self.side * self.side, *self.hidden, 10)
+        return (1, 32, 64) if self.dataset == "digits" else (1, 16, 32)
+
     def build(self) -> nn.Module:
         """The model, the same on every rank."""
         if self.model == "transformer":
-            return nn.GPT(len(data.load_text()[0].vocabulary))
-        side = 8 if self.dataset == "digits" else 28
+            return nn.GPT(self.classes)
         if self.model == "cnn":
-            return nn.cnn((1, side, side), (32, 64) if self.dataset == "digits" else (16, 32))
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise((side * side, *self.hidden, 10)):
+            return nn.cnn((1, self.side, self.side), self.sizes[1:])
+        layers: list[nn.Module] = [] if self.dataset == "digits" else [nn.Flatten()]
+        for inputs, outputs in pairwise(self.sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        return nn.Sequential(nn.Flatten(), *layers[:-1]) if side == 28 else nn.Sequential(*layers[:-1])
+        return nn.Sequential(*layers[:-1])
 
     @property
     def classes(self) -> int:
@@ -79,13 +90,10 @@ class Task:
             context = train.arrays[0].shape[1]
             d = f"a play, {len(train)} passages of {context} characters to learn from; {len(test)} to test"
             return d, f"a transformer, 2 blocks of 4 heads: {size}"
-        side = 8 if self.dataset == "digits" else 28
         what = "handwritten digits" if self.dataset == "digits" else "pictures of clothes"
-        d = f"{len(train)} {what}, {side}×{side} pixels, to learn from; {len(test)} to test"
-        if self.model == "cnn":
-            channels = "1-32-64" if self.dataset == "digits" else "1-16-32"
-            return d, f"a CNN, 3×3, channels {channels}: {size}"
-        return d, f"an MLP {'-'.join(map(str, (side * side, *self.hidden, 10)))}: {size}"
+        d = f"{len(train)} {what}, {self.side}×{self.side} pixels, to learn from; {len(test)} to test"
+        sizes = "-".join(map(str, self.sizes))
+        return d, f"an MLP {sizes}: {size}" if self.model == "mlp" else f"a CNN, 3×3, channels {sizes}: {size}"
 
 
 def _as_images(dataset: data.ArrayDataset) -> data.ArrayDataset:

@@ -7,18 +7,15 @@ have statistics of their own; once a step those of all ranks move every rank's r
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from minidp.backend import Array, to_numpy
+from minidp.backend import Array
 from minidp.comm import Communicator
 from minidp.nn import Dropout, DropoutScope, Module
-from minidp.nn.batch_norm import BatchNorm, combine
+from minidp.nn.batch_norm import BatchNorm
 from minidp.parallel.errors import NonFiniteGradient
-
-Rows = npt.NDArray[np.float64]
+from minidp.parallel.moments import Rows, as_row, combine
 
 
 class LayerState:
@@ -86,7 +83,7 @@ class LayerState:
         """Move the running statistics by what was gathered: all leaves together, summed in order of leaf."""
         if self._gathered is not None:
             for norm, place in zip(self._norms, self._places):
-                norm.update_running(*combine(*_parts(self._gathered[:, place])))
+                norm.update_running(*combine(self._gathered[:, place]))
 
     def release(self) -> None:
         for norm in self._norms:
@@ -94,11 +91,4 @@ class LayerState:
 
     def _record(self, layer: int, count: int, mean: Array, var: Array) -> None:
         row = self._rows[self._leaf, self._places[layer]]
-        batch = np.concatenate([[count], to_numpy(mean), to_numpy(var)])
-        row[...] = np.concatenate([np.atleast_1d(part) for part in combine(*_parts(np.stack([row, batch])))])
-
-
-def _parts(rows: Any) -> tuple[Any, Any, Any]:
-    """Counts (k,), means (k, c) and variances (k, c) of rows (k, 1 + 2c)."""
-    c = rows.shape[1] // 2
-    return rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :]
+        row[...] = as_row(*combine(np.stack([row, as_row(count, mean, var)])))

@@ -10,8 +10,9 @@ from minidp import trace
 from minidp.backend import Array, array_module, asarray, to_numpy
 from minidp.comm import Communicator
 from minidp.nn import Module
-from minidp.nn.batch_norm import BatchNorm, combine
+from minidp.nn.batch_norm import BatchNorm
 from minidp.nn.normalization import Pool
+from minidp.parallel.moments import as_row, combine
 
 
 class SyncBatchNorm(BatchNorm):
@@ -85,12 +86,11 @@ class _Ranks:
         self._comm = comm
 
     def moments(self, count: int, mean: Array, var: Array) -> tuple[int, Array, Array]:
-        xp, c = array_module(mean), len(mean)
-        mine = np.concatenate([[count], to_numpy(mean), to_numpy(var)]).astype(np.float64)
+        xp, mine = array_module(mean), as_row(count, mean, var)
         rows = np.zeros((self._comm.world_size, len(mine)))
         with trace.span("wait for batch statistics", "wait"):
             self._comm.all_gather(rows, mine)
-        total, *moments = combine(rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :])
+        total, *moments = combine(rows)
         if total == 1:
             raise ValueError(
                 "SyncBatchNorm: one value a channel has no variance, so a batch of one sample on all ranks "
