@@ -40,7 +40,8 @@ THIRD_PARTY = {
     "comm": {"greenlet"},
     "nn": {"safetensors"},
     "launch": {"cloudpickle", "greenlet", "multiprocessing_logging", "rich", "threadpoolctl"},
-    "parallel": {"threadpoolctl"},  # micro_shards: the number of BLAS threads changes bits
+    # micro_shards: the number of BLAS threads changes bits; servers get rules whose schedules may be lambdas
+    "parallel": {"cloudpickle", "threadpoolctl"},
     "demo": {"rich"},
     "plan": {"matplotlib", "rich"},
     "bench": {"rich", "threadpoolctl", "torch", "mpi4py"},

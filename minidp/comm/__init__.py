@@ -1,7 +1,7 @@
 """How ranks talk: communicators, schedules, queues, and what can go wrong. Arrays in, arrays out."""
 
 from minidp.comm.communicator import ANY, Communicator
-from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, CommError, RankFailed
+from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, CommError, RankFailed, RankLost
 from minidp.comm.process import ProcessCommunicator
 from minidp.comm.reduction import AVG, MAX, MIN, SUM, ReduceOp
 from minidp.comm.traffic import Traffic
@@ -20,6 +20,7 @@ __all__ = [
     "Communicator",
     "ProcessCommunicator",
     "RankFailed",
+    "RankLost",
     "ReduceOp",
     "Traffic",
     "Work",

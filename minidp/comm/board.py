@@ -4,9 +4,9 @@ Each rank writes its own record and the parent writes the head; everybody reads.
 about to sleep or has made progress, so the board costs nothing while all goes well. It is what turns "the run
 hangs" into a sentence with ranks in it.
 
-    head:    aborted, rank, length, text          verdict, length, text
+    head:    aborted, rank, length, text          verdict, length, text          losses
     record:  state, pid, serial, owner, offset, value, noticed, done, total, lengths, naps, since, seen,
-             place, note, whereabouts
+             expendable, place, note, whereabouts
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from minidp.comm.arena import REGION, Arena, round_up
 from minidp.comm.word import publish_fence
 
-STARTING, RUNNING, RETURNED = 0, 1, 2
+STARTING, RUNNING, RETURNED, LOST = 0, 1, 2, 3
+GONE = (RETURNED, LOST)
+"""States of ranks that will not come to anything again."""
 NOBODY = -1  # waits for any rank, not for one
 
 _RECORD = 768
 _TEXT = 192
 _PLACE, _NOTE, _WHERE = 128, 128 + _TEXT, 128 + 2 * _TEXT
 _STATE, _PID, _SERIAL, _OWNER, _OFFSET, _VALUE, _NOTICED, _DONE, _TOTAL, _PLACE_LEN, _NOTE_LEN, _NAPS = range(12)
-_SINCE, _SEEN, _WHERE_LEN = range(12, 15)
+_SINCE, _SEEN, _WHERE_LEN, _EXPENDABLE = range(12, 16)
 _FRESH_S = 1.5  # since a rank was last seen: longer, and it may be somewhere else by now
 _HEAD = 2048
-_ABORTED, _ABORT_RANK, _ABORT_LEN, _VERDICT, _VERDICT_LEN = range(5)
+_ABORTED, _ABORT_RANK, _ABORT_LEN, _VERDICT, _VERDICT_LEN, _LOSSES = range(6)
 _ABORT_TEXT, _VERDICT_TEXT, _HEAD_TEXT = 64, 1024, 960
 
 
@@ -43,10 +45,14 @@ class Wait:
 
 
 class Board:
-    """The board of a run of ``world_size`` ranks, in the arena's last region (the parent's)."""
+    """The board of a run of ``world_size`` ranks, in the arena's last region (the parent's).
 
-    def __init__(self, arena: Arena, world_size: int) -> None:
+    Ranks from ``servers_from`` on are servers, and are called so.
+    """
+
+    def __init__(self, arena: Arena, world_size: int, servers_from: int | None = None) -> None:
         self.world_size = world_size
+        self.servers_from = world_size if servers_from is None else servers_from
         self._view = arena.map((arena.regions - 1) * REGION, self.nbytes(world_size)).data
         self._head = self._view.cast("q")
         self._records = [
@@ -96,6 +102,31 @@ class Board:
         if not self._head[_VERDICT]:
             return None
         return self._read(_VERDICT_TEXT, self._head[_VERDICT_LEN])
+
+    # -- ranks that may die ------------------------------------------------------------------------------
+
+    def expendable(self, rank: int, yes: bool) -> None:
+        """Say whether the run goes on, should ``rank`` die."""
+        self._records[rank][_EXPENDABLE] = yes
+
+    def is_expendable(self, rank: int) -> bool:
+        return bool(self._records[rank][_EXPENDABLE])
+
+    def lose(self, rank: int, reason: str) -> None:
+        """Parent only: ``rank`` has died, for ``reason``, and the run goes on. Who waits for it leaves."""
+        record = self._records[rank]
+        record[_SERIAL] = 0
+        record[_PLACE_LEN] = self._write(_HEAD + _RECORD * rank + _PLACE, reason, _TEXT)
+        publish_fence()
+        record[_STATE] = LOST
+        self._head[_LOSSES] += 1
+
+    def losses(self) -> int:
+        """How many ranks have been lost."""
+        return self._head[_LOSSES]
+
+    def why_lost(self, rank: int) -> str:
+        return self._read(_HEAD + _RECORD * rank + _PLACE, self._records[rank][_PLACE_LEN])
 
     # -- a rank's record --------------------------------------------------------------------------------
 
@@ -184,22 +215,30 @@ class Board:
     def all_wait_or_returned(self) -> bool:
         """Nobody computes."""
         ranks = range(self.world_size)
-        return all(self.state(rank) == RETURNED or self.waiting(rank) is not None for rank in ranks)
+        return all(self.state(rank) in GONE or self.waiting(rank) is not None for rank in ranks)
 
     def where_all_are(self) -> str:
         """One sentence: ``rank 2: forward, layer 3 (conv2), 1.2 s; ranks 0, 1, 3 wait in all_reduce #412``."""
         places: dict[str, list[int]] = {}
         for rank in range(self.world_size):
             wait = self.waiting(rank)
-            if self.state(rank) == RETURNED:
-                place = "returned"
+            if self.state(rank) in GONE:
+                place = "returned" if self.state(rank) == RETURNED else "died"
             elif wait is not None:
                 place = f"wait in {wait.place}"
             else:
                 whereabouts = self.whereabouts(rank)
                 place = "compute" if whereabouts is None else f": {whereabouts}"
             places.setdefault(place, []).append(rank)
-        return name_places(places)
+        return name_places(places, self.servers_from)
+
+    def name(self, rank: int) -> str:
+        """``rank 2``, or ``server 0``."""
+        return name_ranks([rank], servers_from=self.servers_from)
+
+    def name_of_all(self, rank: int) -> str:
+        """``rank 2 of 4``, or ``server 0 of 2``."""
+        return name_of_all(rank, self.world_size, self.servers_from)
 
     def _write(self, start: int, text: str, limit: int) -> int:
         data = text.encode(errors="replace")[:limit]
@@ -245,17 +284,30 @@ def _of(group: str) -> str:
     return "" if group == "world" else f" of {group}"
 
 
-def name_places(places: dict[str, list[int]]) -> str:
+def name_places(places: dict[str, list[int]], servers_from: int | None = None) -> str:
     """``rank 2 returned; ranks 0, 1, 3 wait in …``, from {place: ranks}; those who do not wait come first."""
     order = sorted(places, key=lambda place: (place != "returned", place.startswith("wait"), places[place]))
-    return "; ".join(name_ranks(places[place], place) for place in order)
+    return "; ".join(name_ranks(places[place], place, servers_from) for place in order)
 
 
-def name_ranks(ranks: list[int], verb: str = "") -> str:
-    """``rank 2 waits in …`` or ``ranks 0, 1, 3 wait in …``; ``verb`` is the plural."""
+def name_of_all(rank: int, world_size: int, servers_from: int) -> str:
+    """``rank 2 of 4``, or ``server 0 of 2``."""
+    many = servers_from if rank < servers_from else world_size - servers_from
+    return f"{name_ranks([rank], servers_from=servers_from)} of {many}"
+
+
+def name_ranks(ranks: list[int], verb: str = "", servers_from: int | None = None) -> str:
+    """``rank 2 waits in …`` or ``ranks 0, 1, 3 wait in …``; ``verb`` is the plural.
+
+    Ranks from ``servers_from`` on are servers, numbered from 0: ``rank 3 and server 0 wait in …``.
+    """
     if len(ranks) == 1:
         for plural, singular in (("wait ", "waits "), ("compute", "computes")):
             if verb.startswith(plural):
                 verb = singular + verb[len(plural) :]
-    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    first = max(ranks, default=0) + 1 if servers_from is None else servers_from
+    kinds = {"rank": [r for r in ranks if r < first], "server": [r - first for r in ranks if r >= first]}
+    who = " and ".join(
+        f"{kind}{'s' * (len(them) > 1)} {', '.join(map(str, them))}" for kind, them in kinds.items() if them
+    )
     return f"{who}{verb}" if verb.startswith(":") else f"{who} {verb}".rstrip()

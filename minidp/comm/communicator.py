@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minidp.comm import execute, schedules
+from minidp.comm.arguments import user_tag
+from minidp.comm.endpoint import Endpoint
 from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
 from minidp.comm.traffic import Traffic
 from minidp.comm.work import Later, Work
@@ -40,6 +42,8 @@ class Communicator(ABC):
     traffic: Traffic
     shares_memory: bool = False
     """Whether ``allocate`` gives memory that the ranks really share."""
+    endpoint: Endpoint | None = None
+    """How to reach the servers, where a run has any; groups that are split off have it too."""
 
     def __init__(self) -> None:
         self._later: list[Later] = []
@@ -77,9 +81,21 @@ class Communicator(ABC):
     def now(self) -> float:
         """Seconds on this world's clock; differences count."""
 
+    def settle(self) -> None:  # noqa: B027
+        """Wait until all that the others did before this rank's ``now`` has happened. Real worlds do nothing.
+
+        For ranks that touch the same memory without a message. In the virtual world a rank that computes is ahead
+        of its clock's time: what it reads there without this, others have yet to write.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """No operation works afterwards. Not collective."""
+
+    def expendable(self, yes: bool) -> None:  # noqa: B027
+        """Say whether the run goes on, should this rank die. Who waits for it then gets RankLost, and who receives
+        from any rank gets it once; the group's other members can go on. A rank that raises still ends the run.
+        """
 
     def progress(self, done: int, total: int = 0, note: str | None = None) -> None:  # noqa: B027
         """Tell whoever launched the run how far this rank is: ``done`` of ``total`` steps (0: as said before)."""
@@ -106,7 +122,7 @@ class Communicator(ABC):
     def send(self, x: Array, dst: int, tag: int = 0, *, async_op: bool = False) -> Work | None:
         """Send array ``x`` to rank ``dst``. Waits while the queue is full. Sent: n bytes."""
         self._check_peer(dst, "dst")
-        work = self.post_send(x, dst, _user_tag(tag))
+        work = self.post_send(x, dst, user_tag(tag))
         if async_op:
             return work
         work.wait()
@@ -124,7 +140,7 @@ class Communicator(ABC):
         """
         if src != ANY:
             self._check_peer(src, "src")
-        work = self.post_recv(x, src, _user_tag(tag))
+        work = self.post_recv(x, src, user_tag(tag))
         return work if async_op else work.wait()
 
     # -- collectives on arrays -------------------------------------------------------------------------
@@ -301,17 +317,3 @@ class Communicator(ABC):
                 f"{call}: the whole must be {self.world_size} times the part, of the same dtype: "
                 f"{whole.dtype} {whole.shape} and {part.dtype} {part.shape}"
             )
-
-
-def check_color(color: Any, key: Any) -> None:
-    """Refuse what would only fail, or split otherwise than was meant, when the ranks compare it."""
-    for name, value in (("color", color), ("key", key)):
-        if not isinstance(value, int | np.integer) and not (name == "color" and value is None):
-            also = " (or None, to be in no group)" if name == "color" else ""
-            raise TypeError(f"split: {name}={value!r} must be a whole number{also}")
-
-
-def _user_tag(tag: int) -> int:
-    if tag < 0:
-        raise ValueError(f"tag={tag}: tags are 0 or more; negative ones are the collectives'")
-    return tag

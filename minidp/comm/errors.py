@@ -22,6 +22,10 @@ class RankFailed(CommError):
         return type(self), (str(self), self.rank)
 
 
+class RankLost(RankFailed):
+    """A rank is dead and the run goes on without it (``Communicator.expendable``); but here it was waited for."""
+
+
 class CollectiveMismatch(CommError):
     """The ranks are all there, but they disagree: about the operation, its order, shape, dtype or ReduceOp.
 

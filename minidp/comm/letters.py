@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -28,12 +29,12 @@ class Letter:
 
 
 class Receipt:
-    """A receive that has been posted, and its letter, once that has left."""
+    """A receive that has been posted, and its letter, once that has left. ``names`` are the members'."""
 
-    __slots__ = ("letter", "posted", "src", "tag", "waiter", "x")
+    __slots__ = ("letter", "names", "posted", "src", "tag", "waiter", "x")
 
-    def __init__(self, x: Array, src: int, tag: int, posted: float) -> None:
-        self.x, self.src, self.tag, self.posted = x, src, tag, posted
+    def __init__(self, x: Array, src: int, tag: int, posted: float, names: Sequence[str]) -> None:
+        self.x, self.src, self.tag, self.posted, self.names = x, src, tag, posted, names
         self.letter: Letter | None = None
         self.waiter: Task | None = None
 
@@ -46,9 +47,9 @@ class Receipt:
             letter = self.letter
             assert letter is not None
         if letter.arrival > came:
-            arrived(task, letter, came)
+            arrived(task, letter, came, self.names)
         if letter.data is not None:
-            put(self.x, letter, self.tag, member)
+            put(self.x, letter, self.tag, member, self.names)
         return letter.src
 
     def give(self, letter: Letter) -> None:
@@ -57,26 +58,26 @@ class Receipt:
             self.waiter.wake(letter.arrival)
 
     def _place(self) -> str:
-        src = "any rank" if self.src == ANY else f"rank {self.src}"
+        src = "any rank" if self.src == ANY else self.names[self.src]
         return f"recv from {src}, tag {self.tag} ({kind_of(self.x)})"
 
 
-def arrived(task: Task, letter: Letter, came: float) -> None:
+def arrived(task: Task, letter: Letter, came: float, names: Sequence[str]) -> None:
     """The task has waited for the letter since ``came``."""
     task.clock = letter.arrival
     task.waited()
     recorder = trace.current()
     if recorder is not None:
-        recorder.add(f"recv from rank {letter.src}", "wait", came, letter.arrival)
+        recorder.add(f"recv from {names[letter.src]}", "wait", came, letter.arrival)
 
 
-def put(x: Array, letter: Letter, tag: int, member: int) -> None:
+def put(x: Array, letter: Letter, tag: int, member: int, names: Sequence[str]) -> None:
     """What has been sent into ``x``."""
     data = letter.data
     assert data is not None
     if x.size != data.size or x.dtype != data.dtype:
         raise CollectiveMismatch(
-            f"rank {letter.src} sent {kind_of(data)} with tag {tag}; rank {member} receives {kind_of(x)}"
+            f"{names[letter.src]} sent {kind_of(data)} with tag {tag}; {names[member]} receives {kind_of(x)}"
         )
     x[...] = data if x.shape == data.shape else data.reshape(x.shape)
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from minidp.comm.board import LOST
 from minidp.comm.communicator import ANY
-from minidp.comm.errors import CollectiveMismatch
+from minidp.comm.errors import CollectiveMismatch, RankLost
 from minidp.comm.queue import KIND_BYTES, QUEUE_BYTES, SLOTS, ArrayQueue, Incoming, Outgoing
 from minidp.comm.rendezvous import Rendezvous
 from minidp.comm.traffic import Traffic
@@ -44,7 +45,7 @@ class Sending(Work):
         self.box.finish(self)
 
     def place(self) -> str:
-        return f"send to rank {self.dst}, tag {self.tag} ({self.message.kind})"
+        return f"send to {self.box.name(self.dst)}, tag {self.tag} ({self.message.kind})"
 
 
 class Receiving(Work):
@@ -63,8 +64,9 @@ class Receiving(Work):
 
     def check(self, src: int, kind: str) -> None:
         if kind != self.kind:
+            me = self.box.name(self.box.rank)
             raise CollectiveMismatch(
-                f"rank {src} sent {kind} with tag {self.tag}; rank {self.box.rank} receives {self.kind}"
+                f"{self.box.name(src)} sent {kind} with tag {self.tag}; {me} receives {self.kind}"
             )
 
     def take(self, message: Incoming) -> None:
@@ -83,7 +85,7 @@ class Receiving(Work):
         return self.source
 
     def place(self) -> str:
-        src = "any rank" if self.src == ANY else f"rank {self.src}"
+        src = "any rank" if self.src == ANY else self.box.name(self.src)
         return f"recv from {src}, tag {self.tag} ({self.kind})"
 
 
@@ -101,6 +103,7 @@ class Mailbox:
         self._posted: list[Receiving] = []
         self._aside: list[Incoming] = []  # complete messages that nobody has asked for yet
         self._arriving: dict[int, tuple[Incoming, Receiving | None]] = {}
+        self._mourned: set[int] = set()  # lost members of whom somebody who waited for any has been told
         rendezvous.watch.pumps.add(self)
 
     @property
@@ -147,7 +150,20 @@ class Mailbox:
         return moved
 
     def finish(self, work: Sending | Receiving) -> None:
-        """Pump until ``work`` is done."""
+        """Pump until ``work`` is done.
+
+        RankLost if it is for a rank that has been lost; once for each lost rank, if it is a receive from any. What
+        had come of a message from there is dropped, and so is ``work``.
+        """
+        try:
+            self._finish(work)
+        except RankLost as lost:
+            ranks = self.rendezvous.ranks
+            self._mourn(ranks.index(lost.rank))
+            self._forget(work)
+            raise
+
+    def _finish(self, work: Sending | Receiving) -> None:
         tries, since = 0, None
         while not work.done:
             if self.pump():
@@ -157,8 +173,9 @@ class Mailbox:
             if tries >= _TRIES:
                 word, value = self._awaited(work)
                 since = since or time.monotonic()
-                arrived = self._something if word is None else None
-                vigil = self.rendezvous.watch.vigil(word, value, work.place, since=since, arrived=arrived)
+                arrived, news = (self._something, self._unmourned) if word is None else (None, None)
+                watch = self.rendezvous.watch
+                vigil = watch.vigil(word, value, work.place, since=since, arrived=arrived, news=news)
                 with vigil:
                     while not work.done and not self.pump():
                         vigil.nap()
@@ -216,6 +233,32 @@ class Mailbox:
         """A chunk has come from somebody."""
         queues = (self._in.get(src) or self._queue_from(src) for src in self._doors_in)
         return any(queue is not None and not queue.empty() for queue in queues)
+
+    def _unmourned(self) -> int | None:
+        """The world rank of a member that has been lost, and of whom nobody here has been told; or None."""
+        board, ranks = self.rendezvous.watch.board, self.rendezvous.ranks
+        lost = (rank for i, rank in enumerate(ranks) if i not in self._mourned and board.state(rank) == LOST)
+        return next(lost, None)
+
+    def _mourn(self, member: int) -> None:
+        """Nothing more will come from a member, nor go there."""
+        self._mourned.add(member)
+        self._leaving.pop(member, None)
+        self._arriving.pop(member, None)
+
+    def _forget(self, work: Sending | Receiving) -> None:
+        """Whoever waited for this has left, and his array with him: what is on its way there goes aside."""
+        if isinstance(work, Receiving) and work in self._posted:
+            self._posted.remove(work)
+        for src, (message, receiving) in self._arriving.items():
+            if receiving is work:
+                message.data = message.data.copy()
+                self._arriving[src] = message, None
+
+    def name(self, member: int) -> str:
+        """``rank 2``, counted in this group, or ``server 0``."""
+        board, world = self.rendezvous.watch.board, self.rendezvous.ranks[member]
+        return f"rank {member}" if world < board.servers_from else board.name(world)
 
     def _queue_to(self, dst: int) -> ArrayQueue:
         queue = self._out.get(dst)

@@ -62,6 +62,8 @@ class PostOffice:
     def __init__(self, venue: Venue, ranks: list[int]) -> None:
         self.venue, self.ranks = venue, ranks
         self._loop, self._network = venue.loop, venue.network
+        first = venue.servers_from
+        self._names = [f"rank {i}" if rank < first else venue.name(rank) for i, rank in enumerate(ranks)]
         self._boxes: dict[tuple[int, int], Box] = {}
         self._most_boxes = 1024  # before those that are empty are thrown away
         self._queued = [0] * len(ranks)  # by member, messages whose first byte has yet to leave
@@ -78,7 +80,7 @@ class PostOffice:
     def begin_send(self, member: int, x: Array, dst: int, tag: int) -> Sending:
         venue, rank = self.venue, self.ranks[member]
         task, data = venue.here(rank), x.copy()
-        sending = Sending(venue, rank, f"send to rank {dst}, tag {tag} ({kind_of(x)})")
+        sending = Sending(venue, rank, f"send to {self._names[dst]}, tag {tag} ({kind_of(x)})")
 
         def post() -> None:
             sending.left = self._post(member, dst, tag, data)
@@ -99,10 +101,10 @@ class PostOffice:
         if letters and not box.receipts:  # the short way: it has left already, so when it arrives is known
             letter = box.take(src)
             if letter.arrival > task.clock:
-                arrived(task, letter, task.clock)
-            put(x, letter, tag, member)
+                arrived(task, letter, task.clock, self._names)
+            put(x, letter, tag, member, self._names)
             return src
-        receipt = Receipt(x, src, tag, task.clock)
+        receipt = Receipt(x, src, tag, task.clock, self._names)
         box.receipts.append(receipt)
         if letters or src == ANY:
             self._serve(box)
@@ -110,7 +112,7 @@ class PostOffice:
 
     def begin_recv(self, member: int, x: Array, src: int, tag: int, traffic: Traffic) -> Receiving:
         rank = self.ranks[member]
-        receipt = Receipt(x, src, tag, self.venue.here(rank).clock)
+        receipt = Receipt(x, src, tag, self.venue.here(rank).clock, self._names)
         box = self._box(member, tag)
         box.receipts.append(receipt)
         if src == ANY or box.letters.get(src):

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from minidp.comm import execute
 from minidp.comm.arena import Bytes, available_bytes, not_enough
-from minidp.comm.communicator import Communicator, check_color
+from minidp.comm.arguments import check_color, check_dtype
+from minidp.comm.communicator import Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.mailbox import Mailbox
 from minidp.comm.reduction import SUM, Array, ReduceOp, check_array, check_op, fold
@@ -90,6 +91,7 @@ class ProcessCommunicator(Communicator):
             name or f"{rendezvous.name}/split {color}",
         )
         child = ProcessCommunicator(group, Traffic(parent=self.traffic))
+        child.endpoint = self.endpoint
         self._children.add(child)
         return child
 
@@ -125,6 +127,9 @@ class ProcessCommunicator(Communicator):
     def leave(self) -> None:
         """Tell the peers that this rank will not come to any collective again."""
         self._rendezvous.watch.board.returned(self._world_rank)
+
+    def expendable(self, yes: bool) -> None:
+        self._rendezvous.watch.board.expendable(self._world_rank, yes)
 
     def progress(self, done: int, total: int = 0, note: str | None = None) -> None:
         self._rendezvous.watch.board.progress(self._world_rank, done, total, note)
@@ -286,7 +291,7 @@ class ProcessCommunicator(Communicator):
             if x is None:
                 plan = _Plan(Header(text), ([], []), 0)
             else:
-                _check_dtype(x.dtype)
+                check_dtype(x.dtype)
                 per_chunk = min(x.size, CHUNK // x.itemsize)
                 slots = [
                     [slot[: per_chunk * x.itemsize].view(x.dtype) for slot in self._rendezvous.slots(parity)]
@@ -302,18 +307,13 @@ class ProcessCommunicator(Communicator):
     def _check_usable(self, x: Array, writes: bool = False) -> None:
         self._check_open()
         check_array(x, writes)
-        _check_dtype(x.dtype)
+        check_dtype(x.dtype)
 
     def _check_open(self) -> None:
         if self._closed:
             raise CommError(
                 "this communicator is closed: it lives as long as the function that spawn called with it"
             )
-
-
-def _check_dtype(dtype: np.dtype[Any]) -> None:
-    if dtype.hasobject:
-        raise TypeError(f"arrays of dtype {dtype} hold Python objects, which can't lie in shared memory")
 
 
 def _typed(slot: Bytes, rows: int, columns: int, dtype: np.dtype[Any]) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent
 
-from minidp.comm.board import left_waiting, name_places, stuck
+from minidp.comm.board import left_waiting, name_of_all, name_places, name_ranks, stuck
 from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed, in_words
 from minidp.sim.cluster import Cluster
 from minidp.sim.computer import Computer
@@ -26,11 +26,13 @@ class Venue:
 
     Args:
         cluster: what the ranks live on. ValueError if they do not fit.
-        world_size: number of ranks.
+        world_size: number of ranks, servers included.
+        servers_from: the rank of the first server, if there are any.
     """
 
-    def __init__(self, cluster: Cluster, world_size: int) -> None:
+    def __init__(self, cluster: Cluster, world_size: int, servers_from: int | None = None) -> None:
         self.loop, self.cluster, self.world_size = Loop(), cluster, world_size
+        self.servers_from = world_size if servers_from is None else servers_from
         self.network = Network(cluster, world_size)
         self.ranks: list[Computer] = []
         self.streams: list[Task] = []
@@ -92,7 +94,7 @@ class Venue:
             return  # it was told before its time
         _, error = self._untold.pop(rank)
         self.raised.append((rank, error))
-        text = f"rank {rank} of {self.world_size} raised {in_words(error)}"
+        text = f"{self.name_of_all(rank)} raised {in_words(error)}"
         self._tell(RankFailed(text, rank))
 
     # -- for communicators -------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class Venue:
         assert self._news is not None
         self._refused[rank] = self._refused.get(rank, 0) + 1
         if self._refused[rank] > _PATIENCE:
-            text = f"rank {rank} goes on for ever in a world that has failed: {self._news}"
+            text = f"{self.name(rank)} goes on for ever in a world that has failed: {self._news}"
             self.raised.append((rank, CommError(text)))
             self.loop.hub.throw(_Hopeless(text))
         raise self._copy_of_news()
@@ -183,7 +185,15 @@ class Venue:
             else:
                 place = "compute"
             places.setdefault(place, []).append(task.rank)
-        return name_places(places)
+        return name_places(places, self.servers_from)
+
+    def name(self, rank: int) -> str:
+        """``rank 2``, or ``server 0``."""
+        return name_ranks([rank], servers_from=self.servers_from)
+
+    def name_of_all(self, rank: int) -> str:
+        """``rank 2 of 4``, or ``server 0 of 2``."""
+        return name_of_all(rank, self.world_size, self.servers_from)
 
 
 class _Hopeless(CommError):

@@ -1,9 +1,9 @@
 """Waiting that ends: every wait of the process world looks now and then whether what it waits for can still come.
 
-A wait ends in one of five ways: the counter arrives; its rank is dead (RankFailed); its rank has returned, or
-ranks wait for each other in a circle (CollectiveMismatch: they disagree); or ``timeout_s`` is over
-(CollectiveTimeout, which names the absent and says if one is stopped). Arrived beats everything else, so a
-rank that died after it had done its part does not hurt those who only needed that part.
+A wait ends in one of five ways: the counter arrives; its rank is dead, or the run has failed by another one's
+death (RankFailed); its rank has returned, or ranks wait for each other in a circle (CollectiveMismatch: they
+disagree); or ``timeout_s`` is over (CollectiveTimeout, which names the absent and says if one is stopped). Arrived
+beats everything else, so a rank that died after it had done its part does not hurt those who only needed that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Protocol
 
 from minidp.comm.arena import Arena
-from minidp.comm.board import NOBODY, RETURNED, Board, Wait, left_waiting, name_ranks, stuck
-from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed
+from minidp.comm.board import GONE, LOST, NOBODY, Board, Wait, left_waiting, name_ranks, stuck
+from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed, RankLost
 from minidp.comm.word import SLEEP_S, Word
 
 LOOK_S = 0.05  # between two looks for circles and returned ranks
@@ -44,14 +44,16 @@ class Watch:
         since: float | None = None,
         absent: Callable[[], list[int]] | None = None,
         arrived: Callable[[], bool] | None = None,
+        news: Callable[[], int | None] | None = None,
     ) -> Vigil:
         """A wait for ``word`` to reach ``value``; ``place`` says where, for messages.
 
-        With ``word`` None it is a wait for any rank, and ``arrived`` tells whether it is over. The patience is
-        counted from ``since`` (monotonic seconds; default: now), ``absent`` names who has not come.
+        With ``word`` None it is a wait for any rank, ``arrived`` tells whether it is over, and ``news`` which rank
+        has been lost that the waiter has not heard of. The patience is counted from ``since`` (monotonic seconds;
+        default: now), ``absent`` names who has not come.
         """
         self._serial += 1
-        return Vigil(self, self._serial, word, value, place(), since, absent, arrived)
+        return Vigil(self, self._serial, word, value, place(), since, absent, arrived, news)
 
     def pump(self) -> None:
         """Move all messages of this rank on."""
@@ -81,8 +83,10 @@ class Vigil:
         since: float | None,
         absent: Callable[[], list[int]] | None,
         arrived: Callable[[], bool] | None,
+        news: Callable[[], int | None] | None,
     ) -> None:
         self.watch, self.word, self.value, self.absent, self.arrived = watch, word, value, absent, arrived
+        self.news = news
         owner, offset = (NOBODY, 0) if word is None else (word.owner, word.offset)
         self.wait = Wait(serial, owner, offset, value, place)
         self._start = time.monotonic() if since is None else since
@@ -111,11 +115,12 @@ class Vigil:
         board = self.watch.board
         board.napped(self.watch.rank)
         now = time.monotonic()
-        if now >= self._next_look:
+        lost = self._lost(board) if board.losses() else None
+        if now >= self._next_look and lost is None:
             self._next_look = now + LOOK_S
             self._look(board)
         verdict, abort = board.verdict(), board.aborted()
-        if verdict is None and abort is None and now - self._start < self.watch.timeout_s:
+        if verdict is None and abort is None and lost is None and now - self._start < self.watch.timeout_s:
             return False
         if self._arrived():  # looked at again after the news: arrived beats aborted
             return True
@@ -125,13 +130,24 @@ class Vigil:
             self._returned(board)
             board.notice(self.watch.rank)
             rank, reason = abort
-            raise RankFailed(f"{reason}; this is rank {self.watch.rank}, waiting in {self.wait.place}", rank)
+            raise RankFailed(
+                f"{reason}; this is {board.name(self.watch.rank)}, waiting in {self.wait.place}", rank
+            )
+        if lost is not None:
+            me = board.name(self.watch.rank)
+            raise RankLost(f"{board.why_lost(lost)}; this is {me}, waiting in {self.wait.place}", lost)
         raise CollectiveTimeout(self._timeout_message(board))
 
     def _arrived(self) -> bool:
         if self.arrived is not None:
             return self.arrived()
         return self.word is not None and self.word.reached(self.value)
+
+    def _lost(self, board: Board) -> int | None:
+        """The rank that this wait is for, if it has been lost."""
+        if self.wait.owner == NOBODY:
+            return None if self.news is None else self.news()
+        return self.wait.owner if board.state(self.wait.owner) == LOST else None
 
     def _look(self, board: Board) -> None:
         self._returned(board)
@@ -148,7 +164,7 @@ class Vigil:
         """Raise if the rank that this one waits for has left its function."""
         me, owner = self.watch.rank, self.wait.owner
         peers = [rank for rank in range(board.world_size) if rank != me] if owner == NOBODY else [owner]
-        if all(board.state(peer) == RETURNED for peer in peers) and not self._arrived():
+        if all(board.state(peer) in GONE for peer in peers) and not self._arrived():
             settled = time.monotonic() + SETTLE_S
             while time.monotonic() < settled and board.verdict() is None and not board.all_wait_or_returned():
                 time.sleep(SLEEP_S)  # so that those who are about to wait as well are named too
@@ -165,7 +181,7 @@ class Vigil:
         frontier = [self.watch.rank]
         while frontier:
             rank = frontier.pop()
-            if rank in found or board.state(rank) == RETURNED:
+            if rank in found or board.state(rank) in GONE:
                 continue
             naps, wait = board.naps(rank), board.waiting(rank)
             if wait is None or (wait.owner != NOBODY and self.watch.arena.peek(wait.offset) >= wait.value):
@@ -177,12 +193,15 @@ class Vigil:
     def _timeout_message(self, board: Board) -> str:
         absent = self.absent() if self.absent is not None else [self.wait.owner]
         absent = [rank for rank in absent if rank != NOBODY]
-        stopped = [rank for rank in absent if is_stopped(board.pid(rank))]
+        # A rank that others wait for may itself be waiting for the one that is stopped: look at all.
+        stopped = [rank for rank in range(board.world_size) if is_stopped(board.pid(rank))]
         limit = f"within {self.watch.timeout_s:g} s"
-        message = f"{name_ranks(absent)} did not come to" if absent else "nobody came to"
+        servers_from = board.servers_from
+        message = f"{name_ranks(absent, '', servers_from)} did not come to" if absent else "nobody came to"
         message += f" {self.wait.place} {limit}"
         if stopped:
-            message += f"; {name_ranks(stopped)} {'is' if len(stopped) == 1 else 'are'} stopped (SIGSTOP)"
+            verb = "is" if len(stopped) == 1 else "are"
+            message += f"; {name_ranks(stopped, '', servers_from)} {verb} stopped (SIGSTOP)"
         return f"{message}; {board.where_all_are()}. If it is only slow, give spawn a larger timeout_s"
 
 

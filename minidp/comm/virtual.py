@@ -16,8 +16,9 @@ from greenlet import getcurrent
 
 from minidp import trace
 from minidp.comm import execute
+from minidp.comm.arguments import check_color
 from minidp.comm.board import describe
-from minidp.comm.communicator import ANY, Communicator, check_color
+from minidp.comm.communicator import ANY, Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.meeting import Meeting, Payload
 from minidp.comm.movement import Group, Movement
@@ -49,8 +50,7 @@ class VirtualCommunicator(Communicator):
         self._group, self._post, self._venue = group, post, group.venue
         self._world_rank = group.ranks[member]
         self.rank, self.world_size = member, group.size
-        node = self._venue.cluster.ranks_per_node
-        self.local_rank = self._world_rank % node
+        self.local_rank = self._venue.cluster.local_rank(self._world_rank)
         self.traffic = traffic
         self._sequence = 0
         self._header = ""
@@ -100,6 +100,7 @@ class VirtualCommunicator(Communicator):
             return None
         group, post, member = found[color]
         child = VirtualCommunicator(group, post, member[self.rank], Traffic(parent=self.traffic))
+        child.endpoint = self.endpoint
         self._children.add(child)
         return child
 
@@ -139,6 +140,12 @@ class VirtualCommunicator(Communicator):
                 "receiving a message"
             )
         return clock
+
+    def settle(self) -> None:
+        self._check_open()
+        task = self._venue.here(self._world_rank)
+        task.sleep()
+        self._venue.check(self._world_rank)
 
     def close(self) -> None:
         self._closed = True

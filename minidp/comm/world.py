@@ -27,9 +27,11 @@ def reserve_world(world_size: int) -> Arena:
     return arena
 
 
-def join_world(arena: Arena, rank: int, world_size: int, timeout_s: float) -> ProcessCommunicator:
-    """The communicator of all ranks of the run, in the process that is ``rank``."""
-    board = Board(arena, world_size)
+def join_world(
+    arena: Arena, rank: int, world_size: int, timeout_s: float, servers_from: int | None = None
+) -> ProcessCommunicator:
+    """The communicator of all ranks of the run, servers included, in the process that is ``rank``."""
+    board = Board(arena, world_size, servers_from)
     # The parent has taken the world's blocks, each at the start of its region; this process takes after it.
     offsets = [region * REGION for region in range(world_size)]
     if rank not in arena.taken:

@@ -43,13 +43,13 @@ class _PipeQueue:
 class _Relay(logging.Handler):
     """Hands a worker's record to the parent's logger of that name, tagged with the rank, while bars are hidden."""
 
-    def __init__(self, rank: int, hidden: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, rank: int, name: str, hidden: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__()
-        self.rank, self.hidden = rank, hidden
+        self.rank, self.who, self.hidden = rank, name, hidden
 
     def emit(self, record: logging.LogRecord) -> None:
         record.rank = self.rank
-        record.msg, record.args = f"[rank {self.rank}] {record.getMessage()}", None
+        record.msg, record.args = f"[{self.who}] {record.getMessage()}", None
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
             with self.hidden():
@@ -60,10 +60,14 @@ class RankHandler(MultiProcessingHandler):  # type: ignore[misc]
     """The parent's end of one worker's log: a thread that receives records until the worker is gone."""
 
     def __init__(
-        self, rank: int, connection: Connection, hidden: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        rank: int,
+        name: str,
+        connection: Connection,
+        hidden: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         logging.Handler.__init__(self)
-        self.sub_handler = _Relay(rank, hidden)
+        self.sub_handler = _Relay(rank, name, hidden)
         self.queue = _PipeQueue(connection)
         self._is_closed = False
         self._receive_thread = threading.Thread(target=self._receive, name=f"minidp-log-{rank}", daemon=True)

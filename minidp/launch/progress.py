@@ -54,7 +54,7 @@ class Display:
         if self._bars is None:
             if not any(done for done, _, _ in progress):
                 return
-            self._bars = _make_bars(len(progress))
+            self._bars = _make_bars([self._board.name(rank) for rank in range(len(progress))])
         for rank, (done, total, note) in enumerate(progress):
             state = "returned" if self._board.state(rank) == RETURNED else note
             speed = f"{done / (now - self._start):,.0f} steps/s" if done else ""
@@ -156,7 +156,7 @@ class _Notebook:
             self._handle.update(output, raw=True)
 
 
-def _make_bars(world_size: int) -> Any:
+def _make_bars(names: list[str]) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     bars = Progress(
@@ -166,6 +166,6 @@ def _make_bars(world_size: int) -> Any:
         TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
-    for rank in range(world_size):
-        bars.add_task(f"rank {rank}", total=None, note="", speed="")
+    for name in names:
+        bars.add_task(name, total=None, note="", speed="")
     return bars

@@ -37,6 +37,7 @@ def spawn(
     fn: Callable[..., T],
     world_size: int,
     *args: Any,
+    servers: int = 0,
     world: str = "process",
     device: str = "cpu",
     cluster: Cluster | None = None,
@@ -53,6 +54,8 @@ def spawn(
     Args:
         fn: called as ``fn(comm, *args)`` with the rank's ``Communicator``.
         world_size: number of ranks, at least 1.
+        servers: as many parameter servers besides, each a process (or task) of its own, for
+            `parallel.ParameterServer`; they end with the last rank.
         world: ``"process"``, one worker process a rank; ``"virtual"``, all ranks here, one at a time, on a virtual
             clock: two runs are equal to the bit. Module globals are then shared by all ranks.
         device: ``"cpu"``.
@@ -64,6 +67,8 @@ def spawn(
             main thread; elsewhere nobody can interrupt it).
         progress: show each rank's steps, if standard error is a terminal, or in a notebook; False: never.
 
+    Where a strategy lets the run go on without a rank that has died, its result is None, and a warning is logged.
+
     Raises:
         RankFailed: the first failure of any rank: ``rank 2 of 4 raised ValueError: …`` (its ``__cause__``) or
             ``rank 2 of 4 was killed by SIGKILL``. For an error of communication it can be caught as that error
@@ -71,22 +76,23 @@ def spawn(
         ValueError, TypeError: arguments that can't work. MemoryError: no room for the run, in bytes.
         KeyboardInterrupt: after the workers are gone. After any ending no process, descriptor or segment is left.
     """
-    _check(fn, world_size, world, device, timeout_s)
+    _check(fn, world_size, servers, world, device, timeout_s)
     _check_virtual(world, cluster, blas_threads)
-    world_size = int(world_size)
+    world_size, servers = int(world_size), int(servers)
     function = _pack(fn, args)
     if world == "virtual":
         from minidp.launch.virtual import run  # late: the process world needs nothing of it
 
-        return run(function, world_size, cluster, float(timeout_s))
+        return run(function, world_size, cluster, float(timeout_s), servers)
     asked: list[bool] = []
     with telling(lambda: asked.append(True)):
-        return _in_processes(function, world_size, blas_threads, timeout_s, progress, asked)
+        return _in_processes(function, world_size, servers, blas_threads, timeout_s, progress, asked)
 
 
 def _in_processes(
     function: bytes,
     world_size: int,
+    servers: int,
     blas_threads: int | None,
     timeout_s: float,
     progress: bool | None,
@@ -97,18 +103,21 @@ def _in_processes(
     title = (
         f"{world_size} worker process{'es' * (world_size > 1)}, {threads} BLAS thread{'s' * (threads > 1)} each"
     )
+    if servers:
+        title += f", {servers} server{'s' * (servers > 1)}"
     _log.info(title)
-    if world_size * threads > blas.cores():
+    total = world_size + servers
+    if world_size * threads + servers > blas.cores():
         _log.warning("%s on %d cores: they take turns, so timings mean nothing", title, blas.cores())
     workers: list[supervise.Worker] = []
-    arena = reserve_world(world_size)
-    board = Board(arena, world_size)
+    arena = reserve_world(total)
+    board = Board(arena, total, world_size)
     display = Display(board, title, wanted(progress))
     try:
         with interrupts.held(), _starting:
             context = _context()
-            for rank in range(world_size):
-                job = worker.Job(rank, world_size, timeout_s, arena, function, surroundings, os.getpid())
+            for rank in range(total):
+                job = worker.Job(rank, world_size, servers, timeout_s, arena, function, surroundings, os.getpid())
                 workers.append(_start(context, job, display))
         return supervise.run(workers, board, display, asked)
     finally:
@@ -122,17 +131,20 @@ def _in_processes(
             arena.close()
 
 
-def _check(fn: Any, world_size: Any, world: str, device: str, timeout_s: Any) -> None:
+def _check(fn: Any, world_size: Any, servers: Any, world: str, device: str, timeout_s: Any) -> None:
     if worker.inside_worker or _inside_virtual_rank():
         raise RuntimeError(
             "spawn was called inside a worker of another spawn: call it in the parent; comm.split makes groups"
         )
     if not callable(fn):
         raise TypeError(f"fn must be a function of (comm, *args), not {type(fn).__name__}")
-    if not isinstance(world_size, int | np.integer) or isinstance(world_size, bool):
-        raise TypeError(f"world_size must be a whole number, not {world_size!r}")
+    for name, value in (("world_size", world_size), ("servers", servers)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: at least one rank is needed")
+    if servers < 0:
+        raise ValueError(f"servers={servers}: give 0 (none) or more")
     if world not in WORLDS:
         raise ValueError(f"unknown world {world!r}; valid: {', '.join(map(repr, WORLDS))}")
     if device not in DEVICES:
@@ -187,12 +199,12 @@ def _start(context: Any, job: worker.Job, display: Display) -> supervise.Worker:
     log, log_out = context.Pipe(duplex=False)
     pipe, lifeline = context.Pipe(duplex=False)
     theirs: list[Connection] = [report_out, log_out, pipe]
-    process = context.Process(target=worker.main, args=(job, *theirs), name=f"minidp-rank-{job.rank}", daemon=True)
+    process = context.Process(target=worker.main, args=(job, *theirs), name=f"minidp-{job.name.replace(' ', '-')}", daemon=True)
     with _no_main():
         process.start()
     for connection in theirs:
         connection.close()
-    handler = RankHandler(job.rank, log, display.hidden)
+    handler = RankHandler(job.rank, job.name, log, display.hidden)
     return supervise.Worker(job.rank, process, report, handler, lifeline)
 
 

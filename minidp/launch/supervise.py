@@ -8,6 +8,7 @@ been told get a little time to tidy up in ``except RankFailed``; ranks that comp
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import signal
 import time
@@ -24,6 +25,7 @@ from minidp.launch.worker import LAST
 
 GRACE_S = 0.1  # for a rank that computes on and has not heard of the failure
 TIDY_S = 5.0  # for a rank that has been told and may be saving something
+_log = logging.getLogger("minidp.launch")
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Worker:
     log: RankHandler
     lifeline: Connection
     outcome: tuple[str, Any] | None = None
+    lost: bool = False  # it has died, and the run goes on
     gone: bool = False
     pieces: list[bytes] = field(default_factory=list)  # of a report that is not complete yet
 
@@ -57,6 +60,8 @@ class Worker:
 
 def run(workers: list[Worker], board: Board, display: Display, asked: list[bool]) -> list[Any]:
     """Wait until all have returned, and give what they returned, by rank; RankFailed for the first failure.
+
+    Servers return nothing. Of a worker that has died where the others go on it is None.
 
     Whenever ``asked`` is not empty it says where all are.
     """
@@ -83,7 +88,7 @@ def run(workers: list[Worker], board: Board, display: Display, asked: list[bool]
         for worker in workers:
             _drain(worker, display, to_the_end=True)  # what the others had said before the news
         raise failure
-    return [_returned(worker) for worker in workers]
+    return [None if worker.lost else _returned(worker) for worker in workers if worker.rank < board.servers_from]
 
 
 def _returned(worker: Worker) -> Any:
@@ -133,31 +138,51 @@ def _drain(worker: Worker, display: Display, to_the_end: bool) -> None:
 
 def _first_failure(workers: list[Worker], board: Board) -> Exception | None:
     for worker in workers:
-        failure = _failure(worker, len(workers))
-        if failure is not None:
+        failure = None if worker.lost else _failure(worker, board)
+        if failure is not None and worker.outcome is None and _can_be_spared(worker, workers, board):
+            worker.lost = True
+            board.lose(worker.rank, str(failure))
+            _log.warning("%s; the others go on without it", failure)
+        elif failure is not None:
             board.abort(worker.rank, str(failure))
             return failure
     return None
 
 
-def _failure(worker: Worker, world_size: int) -> Exception | None:
+def _can_be_spared(worker: Worker, workers: list[Worker], board: Board) -> bool:
+    """Whether the run goes on although this worker has died: if it said so, and is not the last."""
+    others = [each for each in workers if each is not worker and each.rank < board.servers_from]
+    alive = any(not each.lost and (each.outcome is not None or not each.gone) for each in others)
+    return alive and board.is_expendable(worker.rank)
+
+
+def _failure(worker: Worker, board: Board) -> Exception | None:
     """What went wrong with this worker, as the exception that the parent raises, or None."""
-    who = f"rank {worker.rank} of {world_size}"
+    who = board.name_of_all(worker.rank)
     if worker.outcome is not None and worker.outcome[0] == "raised":
         what, trace, data = pickle.loads(worker.outcome[1])
         cause = None
         with contextlib.suppress(Exception):  # a class that only the worker knows: the traceback tells all
             cause = pickle.loads(data)
-        return failure_of(worker.rank, world_size, what, trace, cause)
+        return failure_of(worker.rank, who, what, trace, cause)
     if worker.gone and worker.outcome is None:
-        return RankFailed(f"{who} {_how_it_ended(worker.process.exitcode)}", worker.rank)
+        ended = f"{who} {_how_it_ended(worker.process.exitcode)}"
+        return RankFailed(ended + _what_is_lost(worker.rank, board), worker.rank)
     return None
 
 
-def failure_of(rank: int, world_size: int, what: str, trace: str, cause: BaseException | None) -> RankFailed:
-    """What ``spawn`` raises where a rank has raised ``what``, with its traceback as a note."""
-    failed = _class_for(cause)(f"rank {rank} of {world_size} raised {what}", rank)
-    failed.add_note(f"\nTraceback of rank {rank}:\n{trace}")
+def _what_is_lost(rank: int, board: Board) -> str:
+    """Of a server: what it alone has had."""
+    updates, _, note = board.progress_of(rank)
+    if rank < board.servers_from or not note:
+        return ""
+    return f"; lost with it, after {updates} updates: what it {note}, and their optimizer's state"
+
+
+def failure_of(rank: int, who: str, what: str, trace: str, cause: BaseException | None) -> RankFailed:
+    """What ``spawn`` raises where a rank, called ``who``, has raised ``what``, with its traceback as a note."""
+    failed = _class_for(cause)(f"{who} raised {what}", rank)
+    failed.add_note(f"\nTraceback of {who.partition(' of ')[0]}:\n{trace}")
     failed.__cause__ = cause
     return failed
 

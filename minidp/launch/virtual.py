@@ -15,12 +15,14 @@ from typing import Any
 
 import threadpoolctl
 
+from minidp.comm.endpoint import Endpoint
 from minidp.comm.errors import in_words
 from minidp.comm.movement import Group
 from minidp.comm.post import PostOffice
 from minidp.comm.traffic import Traffic
 from minidp.comm.venue import Venue
 from minidp.comm.virtual import VirtualCommunicator
+from minidp.launch.servers import live
 from minidp.launch.supervise import failure_of
 from minidp.launch.watchdog import watching
 from minidp.launch.whereabouts import place_of, telling
@@ -30,16 +32,21 @@ from minidp.sim.loop import rank_here
 _one_at_a_time = threading.Lock()  # what a run sets, and puts back, belongs to the process, not to its thread
 
 
-def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: float) -> list[Any]:
+def run(function: bytes, workers: int, cluster: Cluster | None, timeout_s: float, servers: int = 0) -> list[Any]:
     """Run the pickled (fn, args) on every rank, each with a copy of its own; what each returned, in rank order.
 
     Raises RankFailed for the first failure, ValueError for a cluster that the ranks do not fit into.
     """
-    venue = Venue(cluster or Cluster(nodes=world_size), world_size)
+    world_size = workers + servers
+    cluster = (cluster or Cluster(nodes=world_size)).with_servers(workers, servers)
+    venue = Venue(cluster, world_size, workers)
     ranks = list(range(world_size))
     group = Group(venue, ranks, "world")
     post = PostOffice(venue, ranks)
-    lives = [_life(function, VirtualCommunicator(group, post, rank, Traffic())) for rank in ranks]
+    ends = [VirtualCommunicator(group, post, rank, Traffic()) for rank in ranks]
+    lives = [
+        partial(live, Endpoint(comm, workers), function) if servers else _life(function, comm) for comm in ends
+    ]
     # One thread whatever was set: how BLAS cuts a sum over threads changes its bits.
     with (
         _one_at_a_time,
@@ -54,8 +61,8 @@ def run(function: bytes, world_size: int, cluster: Cluster | None, timeout_s: fl
         rank, error = venue.raised[0]
         venue.raised.clear()  # their tracebacks hold the ranks' arrays, and through them this venue
         trace = "".join(traceback.format_exception(error))
-        raise failure_of(rank, world_size, in_words(error), trace, error)
-    return [venue.returned[rank] for rank in ranks]
+        raise failure_of(rank, venue.name_of_all(rank), in_words(error), trace, error)
+    return [venue.returned[rank] for rank in range(workers)]
 
 
 def _tell(venue: Venue) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import signal
@@ -18,10 +19,11 @@ from typing import Any
 import cloudpickle
 
 from minidp.comm.arena import Arena
-from minidp.comm.board import Board
+from minidp.comm.board import Board, name_ranks
+from minidp.comm.endpoint import Endpoint
 from minidp.comm.errors import in_words
 from minidp.comm.world import join_world
-from minidp.launch import blas, lifeline, logs, memory
+from minidp.launch import blas, lifeline, logs, memory, servers
 from minidp.launch.whereabouts import Sampler
 
 # Reports travel in pieces that a pipe takes as a whole or not at all: a worker that is stopped in the middle of
@@ -64,11 +66,17 @@ class Job:
 
     rank: int
     world_size: int
+    servers: int  # ranks from world_size on
     timeout_s: float
     arena: Arena
     function: bytes  # (fn, args), by cloudpickle: a notebook's or a script's own functions travel too
     surroundings: Surroundings
     parent_pid: int
+
+    @property
+    def name(self) -> str:
+        """``rank 2`` or ``server 0``."""
+        return name_ranks([self.rank], servers_from=self.world_size)
 
 
 class _ToParent(TextIOBase):
@@ -128,13 +136,19 @@ def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> Non
 
 
 def _run(job: Job) -> tuple[str, Any]:
-    function, args = pickle.loads(job.function)
-    comm = join_world(job.arena, job.rank, job.world_size, job.timeout_s)
-    Sampler(Board(job.arena, job.world_size), job.rank).start()
-    try:
-        value = function(comm, *args)
-    finally:
-        comm.close()
+    total, is_server = job.world_size + job.servers, job.rank >= job.world_size
+    # A server waits as long as workers compute; workers wait for it with patience of their own.
+    patience = math.inf if is_server else job.timeout_s
+    everybody = join_world(job.arena, job.rank, total, patience, job.world_size)
+    Sampler(Board(job.arena, total, job.world_size), job.rank).start()
+    if job.servers:
+        value = servers.live(Endpoint(everybody, job.world_size), job.function)
+    else:
+        function, args = pickle.loads(job.function)
+        try:
+            value = function(everybody, *args)
+        finally:
+            everybody.close()
     try:
         data = cloudpickle.dumps(value)
     except Exception as error:
@@ -142,7 +156,7 @@ def _run(job: Job) -> tuple[str, Any]:
             f"what rank {job.rank} returned can't be pickled ({error}): return arrays, numbers, strings and "
             "containers of them"
         ) from error
-    comm.leave()
+    everybody.leave()
     return "returned", data
 
 

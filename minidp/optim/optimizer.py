@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from minidp.backend import Array, array_module, current_meter
 from minidp.nn import Parameter
@@ -111,6 +112,13 @@ class Optimizer:
         meter = current_meter()
         if meter is not None:
             meter.count(float(self.flops_per_element * size), float((3 + 2 * len(self.slots)) * size * itemsize))
+
+    def without_parameters(self) -> Self:
+        """The rule and its hyperparameters alone, for whoever runs `update` elsewhere; `hyper` works."""
+        rule = copy(self)
+        rule.groups = [{**group, "params": []} for group in self.groups]
+        rule._group_of, rule._states = {}, {}
+        return rule
 
     def group_of(self, parameter: Parameter) -> int:
         """Return the index of the group that holds `parameter`; KeyError if none does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Cluster:
         seed: of the jitter. Every rank has a stream of its own.
         topology: ``"switch"`` (flat, never a bottleneck), ``"ring"`` (neighbours only; messages hop),
             ``"fat_tree"`` or ``FatTree(leaf, oversubscription)``; see ``minidp.sim.topology``.
+        placement: the node of each rank, in place of ``r // ranks_per_node``.
         local_latency_s, local_bandwidth_bytes_per_s: between ranks of one node, which do not use the port.
             Bandwidth None: that of the memory, or none is needed.
 
@@ -57,6 +58,7 @@ class Cluster:
     jitter: float = 0.0
     seed: int = 0
     topology: str | Topology = "switch"
+    placement: tuple[int, ...] | None = None
     local_latency_s: float = 0.0
     local_bandwidth_bytes_per_s: float | None = None
 
@@ -82,16 +84,45 @@ class Cluster:
             if math.isinf(_positive(f"the factor of straggler {node}", factor)):
                 raise ValueError(f"the factor of straggler {node} is infinite: a node that never ends is no node")
         object.__setattr__(self, "stragglers", {int(k): float(v) for k, v in self.stragglers.items()})
+        if self.placement is not None:
+            nodes = tuple(_whole("a node of placement", node, 0, self.nodes - 1) for node in self.placement)
+            object.__setattr__(self, "placement", nodes)
         object.__setattr__(self, "topology", make_topology(self.topology, self.nodes))
 
     # -- who lives where ---------------------------------------------------------------------------------
 
     def node_of(self, rank: int) -> int:
-        return rank // self.ranks_per_node
+        return rank // self.ranks_per_node if self.placement is None else self.placement[rank]
+
+    @property
+    def one_rank_a_node(self) -> bool:
+        """Whether rank r is alone on node r."""
+        return self.ranks_per_node == 1 and self.placement is None
+
+    def local_rank(self, rank: int) -> int:
+        """The number of a rank among those of its node."""
+        if self.placement is None:
+            return rank % self.ranks_per_node
+        return self.placement[:rank].count(self.placement[rank])
+
+    def with_servers(self, workers: int, servers: int) -> Cluster:
+        """This cluster for ``workers`` ranks and then ``servers``: on further nodes; or, where the nodes are only
+        enough for the workers, beside these, server j on the node of worker j · workers // servers (modulo that).
+        """
+        most = self.nodes * self.ranks_per_node
+        if self.placement is not None or not servers or not workers <= most < workers + servers:
+            return self
+        nodes = [self.node_of(rank) for rank in range(workers)]
+        beside = [nodes[j * workers // servers % workers] for j in range(servers)]
+        return replace(self, placement=(*nodes, *beside))
 
     def check_ranks(self, world_size: int) -> None:
         """Raise ValueError if that many ranks do not fit."""
-        if world_size > self.nodes * self.ranks_per_node:
+        if self.placement is not None and world_size > len(self.placement):
+            raise ValueError(
+                f"{world_size} ranks, and placement= has nodes for {len(self.placement)}: give one each"
+            )
+        if self.placement is None and world_size > self.nodes * self.ranks_per_node:
             raise ValueError(
                 f"{world_size} ranks do not fit into a cluster of {self.nodes} nodes × {self.ranks_per_node} "
                 "ranks: give it more nodes= or ranks_per_node="

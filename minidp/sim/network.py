@@ -153,7 +153,7 @@ class Network:
     def route(self, src: Ints, dst: Ints) -> list[Stage]:
         """The paths of many messages between different ranks, hop by hop, for `travel`."""
         cluster = self.cluster
-        if isinstance(cluster.topology, Switch) and cluster.ranks_per_node == 1:
+        if isinstance(cluster.topology, Switch) and cluster.one_rank_a_node:
             ones, beta = np.ones(len(src)), cluster.seconds_per_byte
             columns = [(src, cluster.latency_s * ones, beta * ones), (cluster.nodes + dst, 0 * ones, beta * ones)]
         else:
