@@ -5,7 +5,11 @@ from minidp.parallel.checkpoint import Checkpoint
 from minidp.parallel.checkpoint_files import DamagedCheckpoint
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
+from minidp.parallel.hogwild import Hogwild
+from minidp.parallel.local_sgd import LocalSGD
 from minidp.parallel.naive import NaiveDataParallel
+from minidp.parallel.parameter_server import ParameterServer
+from minidp.parallel.serve import serve
 from minidp.parallel.strategy import Strategy
 from minidp.parallel.sync_batch_norm import SyncBatchNorm
 
@@ -14,9 +18,13 @@ __all__ = [
     "CorruptGradient",
     "DamagedCheckpoint",
     "DataParallel",
+    "Hogwild",
+    "LocalSGD",
     "NaiveDataParallel",
     "NonFiniteGradient",
+    "ParameterServer",
     "Strategy",
     "SyncBatchNorm",
     "measure_speeds",
+    "serve",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,6 +78,30 @@ def cut_blocks(
                 )
             )
     return blocks
+
+
+def sum_in_order(parts: Sequence[Flat], out: Flat) -> Flat:
+    """Σ of ``parts``, first to last: in ``out``, and of its dtype; of one part perhaps that itself."""
+    if len(parts) == 1:
+        return parts[0] if parts[0].dtype == out.dtype else parts[0].astype(out.dtype)
+    summed = np.add(parts[0], parts[1], out=out, dtype=out.dtype)
+    for part in parts[2:]:
+        np.add(out, part, out=out)
+    return summed
+
+
+def exact_scale(total: Any, dtype: np.dtype[Any]) -> float:
+    """1/total where multiplying by it has the bits of dividing: for powers of two, far from the smallest numbers.
+
+    Else 1: then it must be divided by.
+    """
+    return 1 / total if type(total) is int and dtype.itemsize >= 4 and total & (total - 1) == 0 else 1
+
+
+def divided(summed: Flat, total: Any, out: Flat, dtype: np.dtype[Any]) -> Flat:
+    """summed / total, in ``dtype``; ``out`` is overwritten."""
+    np.divide(summed, total, out=out)
+    return out if out.dtype == dtype else out.astype(dtype)
 
 
 def find_trouble(block: Block, summed: Flat) -> list[Trouble]:

@@ -1,15 +1,14 @@
 """Checkpoints: all that a training goes on from. What is in them, and how it comes back.
 
-Nothing in one depends on how many ranks wrote it. minidp's random numbers need no state: they are functions of
-seed and update (`backend.generator`). Generators of the user's own can be given. The files: `checkpoint_files`.
+Nothing in one depends on how many ranks wrote it, unless each had an optimizer's state of its own. minidp's
+random numbers need no state: they are functions of seed and update (`backend.generator`). Generators of the user's
+own can be given. The files: `checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import logging
 import operator
 import pickle
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,21 @@ import numpy as np
 from minidp.comm import Communicator
 from minidp.comm.errors import in_words
 from minidp.nn.module import checked_state
-from minidp.parallel.checkpoint_files import FORMAT, Arrays, Content, read, write
+from minidp.optim import Optimizer
+from minidp.parallel.checkpoint_files import (
+    FORMAT,
+    Arrays,
+    Content,
+    check_generators,
+    compare_surroundings,
+    generator_states,
+    read,
+    surroundings,
+    write,
+)
 
 if TYPE_CHECKING:
-    from minidp.parallel.strategy import Strategy
-
-_log = logging.getLogger("minidp.parallel")
+    from minidp.parallel.state import Stateful
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        updates: steps that had been made.
+        updates: steps that had been made, by rank 0 where each counts its own.
         position: (epoch, step) that the loader was to go on with, if ``save`` was told.
         extra: what else ``save`` was given.
         damaged: newer files of the folder that could not be used, and why.
@@ -48,7 +56,7 @@ class Checkpoint:
 
 
 def save(
-    strategy: Strategy,
+    strategy: Stateful,
     folder: Path,
     position: tuple[int, int] | None,
     extra: Any,
@@ -61,14 +69,18 @@ def save(
         raise RuntimeError(
             "save in the middle of a step, whose gradients would be lost: call strategy.step() or discard() first"
         )
+    strategy.consolidate()
     states = comm.all_gather_object(generator_states(generators), "save generators") if generators else []
+    private = strategy.private_state
+    private_updates = comm.all_gather_int(strategy.updates, "save updates") if private else None
+    private_arrays = _gathered(strategy) if private else {}
 
     def written() -> Path:
         if keep < 1:
             raise ValueError(f"keep={keep}: a folder holds at least the checkpoint that is being written")
         arrays = {f"model.{name}": array for name, array in strategy.model.state_dict().items()}
-        for slot, values in strategy.optimizer_state().items():
-            arrays |= {f"{slot}.{name}": array for name, array in values.items()}
+        arrays |= private_arrays if private else _flat(strategy.optimizer_state())
+        arrays |= _flat(strategy.outer_state(), "outer.")
         facts = {
             "format": FORMAT,
             "updates": strategy.updates,
@@ -78,6 +90,8 @@ def save(
             "generators": states,
             "optimizer": type(strategy.optimizer).__name__,
             "slots": list(strategy.optimizer.slots),
+            "private_updates": private_updates,  # of each rank; None where ranks have no states of their own
+            "outer": _outer_facts(strategy),
             "surroundings": surroundings(),
         }
         return write(folder, Content({name: _plain_bytes(name, a) for name, a in arrays.items()}, facts), keep)
@@ -86,17 +100,20 @@ def save(
     return path
 
 
-def load(strategy: Strategy, place: Path, generators: Mapping[str, np.random.Generator] | None) -> Checkpoint:
+def load(strategy: Stateful, place: Path, generators: Mapping[str, np.random.Generator] | None) -> Checkpoint:
     """See ``Strategy.load``."""
     comm = strategy.comm
     content, path, damaged = _at_rank_0(comm, lambda: read(place), "load")
     arrays, facts = content
     states: list[dict[str, Any]] = facts["generators"]
     mine = states[comm.rank] if generators and len(states) == comm.world_size else {}
-    problem, model, state = "", {}, {}
+    outer = facts.get("outer")  # which files of older versions lack
+    problem, model, state, outer_state = "", {}, {}, {}
     try:
         model = _of_model(arrays, strategy)
-        state = {slot: _of_slot(arrays, slot, strategy, facts) for slot in _slots(strategy, facts)}
+        state = _of_optimizer(arrays, strategy, facts)
+        if outer is not None:
+            outer_state = _of_outer(arrays, strategy, outer)
         check_generators(generators or {}, mine, len(states), comm.world_size)
     except ValueError as error:
         problem = str(error)
@@ -104,7 +121,8 @@ def load(strategy: Strategy, place: Path, generators: Mapping[str, np.random.Gen
     for said in comm.all_gather_object(problem, "load check"):
         if said:
             raise ValueError(said)
-    strategy.restore(model, state, facts["updates"], facts["seed"])
+    strategy.restore(model, state, _updates(strategy, facts), facts["seed"])
+    strategy.restore_outer(outer_state, 0 if outer is None else outer["updates"])
     for name, generator in (generators or {}).items():
         generator.bit_generator.state = mine[name]
     if comm.rank == 0:
@@ -129,7 +147,7 @@ def _plain_bytes(name: str, array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _of_model(arrays: Arrays, strategy: Strategy) -> Arrays:
+def _of_model(arrays: Arrays, strategy: Stateful) -> Arrays:
     """Parameters and buffers; ValueError unless they have the names, shapes and dtypes of the model's."""
     model = {name.removeprefix("model."): array for name, array in arrays.items() if name.startswith("model.")}
     values = checked_state(strategy.model, model)
@@ -140,33 +158,6 @@ def _of_model(arrays: Arrays, strategy: Strategy) -> Arrays:
                 f'that by model.astype("{model[name].dtype}")'
             )
     return values
-
-
-def _slots(strategy: Strategy, facts: dict[str, Any]) -> tuple[str, ...]:
-    """The optimizer's; ValueError if the checkpoint is of another one."""
-    optimizer = strategy.optimizer
-    then, now = (facts["optimizer"], facts["slots"]), (type(optimizer).__name__, list(optimizer.slots))
-    if then != now:
-        raise ValueError(
-            f"the checkpoint is of {then[0]} with the state {then[1]}, the strategy has {now[0]} with {now[1]}: "
-            "load it with the kind of optimizer that it was saved from"
-        )
-    return optimizer.slots
-
-
-def _of_slot(arrays: Arrays, slot: str, strategy: Strategy, facts: dict[str, Any]) -> Arrays:
-    """One slot of the optimizer's state, by the names of parameters; ValueError if it is not as it should be."""
-    found = {}
-    for segment in strategy.layout.segments:
-        array = arrays.get(f"{slot}.{segment.name}")
-        if array is None or array.shape != segment.shape:
-            shape = "no" if array is None else f"shape {array.shape} of"
-            raise ValueError(
-                f"the checkpoint, of {facts['optimizer']}, has {shape} {slot} of {segment.name} {segment.shape}: "
-                "freeze the parameters that were frozen when it was saved, and no others"
-            )
-        found[segment.name] = array
-    return found
 
 
 def _at_rank_0(comm: Communicator, function: Callable[[], Any], what: str) -> Any:
@@ -192,63 +183,95 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-# --- facts ------------------------------------------------------------------------------------------------------
+# --- optimizers' state ------------------------------------------------------------------------------------------
+
+ALONE = "or give its parameters alone, model.<name> of nn.load_file(…), to strategy.load_state_dict"
 
 
-def surroundings() -> dict[str, str]:
-    """What the bits of a training depend on besides program and data."""
-    from importlib import metadata  # 16 ms, for this only
-
-    import threadpoolctl
-
-    try:
-        version = metadata.version("minidp")
-    except metadata.PackageNotFoundError:  # a checkout on the path
-        version = "not installed"
-    blas = sorted(
-        f"{library['internal_api']} {library['version']} {library.get('architecture', '')}".strip()
-        for library in threadpoolctl.threadpool_info()
-        if library["user_api"] == "blas"
-    )
-    return {
-        "minidp": version,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "blas": ", ".join(blas),
-    }
+def _flat(state: Mapping[str, Arrays], prefix: str = "") -> Arrays:
+    """By the names of the file."""
+    return {f"{prefix}{slot}.{name}": array for slot, values in state.items() for name, array in values.items()}
 
 
-def compare_surroundings(then: Mapping[str, str]) -> None:
-    """Say what has changed: training goes on, but not with the same bits as if nothing had."""
-    now = surroundings()
-    changed = [f"{name} {then[name]} → {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
-    if changed:
-        _log.warning("the checkpoint was written with other software (%s): bits may differ", ", ".join(changed))
+def _gathered(strategy: Stateful) -> Arrays:
+    """Every rank's own state, by the names of the file, on rank 0. Collective."""
+    arrays = {}
+    for slot, values in strategy.optimizer_state().items():
+        for name, array in values.items():
+            everybody = strategy.comm.gather(array, 0)
+            for rank, own in enumerate(() if everybody is None else everybody):
+                arrays[f"{_own(slot, rank)}.{name}"] = own
+    return arrays
 
 
-def generator_states(generators: Mapping[str, np.random.Generator] | None) -> dict[str, Any]:
-    """The states of generators by name, as JSON."""
-    return {name: _plain(generator.bit_generator.state) for name, generator in (generators or {}).items()}
+def _own(slot: str, rank: int) -> str:
+    return f"{slot}@{rank}"
 
 
-def check_generators(
-    generators: Mapping[str, np.random.Generator], states: Mapping[str, Any], saved: int, world_size: int
-) -> None:
-    """ValueError if ``states`` are of others; ``saved``: how many ranks' the checkpoint holds."""
-    if generators and saved not in (0, world_size):
+def _outer_facts(strategy: Stateful) -> dict[str, Any] | None:
+    rule = strategy.outer
+    if rule is None:
+        return None
+    return {"optimizer": type(rule).__name__, "slots": list(rule.slots), "updates": strategy.outer_updates}
+
+
+def _updates(strategy: Stateful, facts: dict[str, Any]) -> int:
+    """How many this rank goes on from."""
+    everybodys: list[int] = facts.get("private_updates") or []
+    own = strategy.private_state and len(everybodys) == strategy.comm.world_size
+    return everybodys[strategy.comm.rank] if own else int(facts["updates"])
+
+
+def _of_optimizer(arrays: Arrays, strategy: Stateful, facts: dict[str, Any]) -> dict[str, Arrays]:
+    """This rank's state by slot and parameter; ValueError unless it is of such an optimizer, on as many ranks."""
+    _check_rule(strategy.optimizer, facts, "")
+    slots, everybodys, comm = strategy.optimizer.slots, facts.get("private_updates"), strategy.comm
+    if not slots or everybodys is None:
+        return {slot: _of_slot(arrays, slot, strategy, facts) for slot in slots}
+    ranks = len(everybodys)
+    if not strategy.private_state or ranks != comm.world_size:
+        here = f"here are {comm.world_size}" if strategy.private_state else "here all ranks have one together"
         raise ValueError(
-            f"the checkpoint holds generators of {saved} ranks, here are {world_size}: give none, and draw from "
-            "minidp.backend.generator(seed, purpose, update), which needs no state"
+            f"the checkpoint holds a state of {facts['optimizer']} for each of {ranks} ranks, {here}: load it by "
+            f"the same strategy on {ranks} ranks, {ALONE}"
         )
-    for name, generator in generators.items():
-        kind = type(generator.bit_generator).__name__
-        if name not in states or states[name]["bit_generator"] != kind:
-            held = ", ".join(f"{n} ({s['bit_generator']})" for n, s in states.items()) or "none"
-            raise ValueError(f"the checkpoint holds no generator {name!r} ({kind}); it holds {held}")
+    return {slot: _of_slot(arrays, _own(slot, comm.rank), strategy, facts) for slot in slots}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+def _of_outer(arrays: Arrays, strategy: Stateful, facts: dict[str, Any]) -> dict[str, Arrays]:
+    """The outer optimizer's state by slot and parameter; ValueError if that would be lost."""
+    rule = strategy.outer
+    if rule is None:
+        if facts["slots"]:
+            raise ValueError(
+                f"the checkpoint is of outer {facts['optimizer']} with the state {facts['slots']}, the strategy "
+                f"has no outer optimizer: load it by LocalSGD(…, outer=…), {ALONE}"
+            )
+        return {}
+    _check_rule(rule, facts, "outer ")
+    return {slot: _of_slot(arrays, f"outer.{slot}", strategy, facts) for slot in rule.slots}
+
+
+def _check_rule(optimizer: Optimizer, facts: dict[str, Any], which: str) -> None:
+    """ValueError if the checkpoint is of another one."""
+    then, now = (facts["optimizer"], facts["slots"]), (type(optimizer).__name__, list(optimizer.slots))
+    if then != now:
+        raise ValueError(
+            f"the checkpoint is of {which}{then[0]} with the state {then[1]}, the strategy has {which}{now[0]} "
+            f"with {now[1]}: load it with the kind of optimizer that it was saved from"
+        )
+
+
+def _of_slot(arrays: Arrays, slot: str, strategy: Stateful, facts: dict[str, Any]) -> Arrays:
+    """One slot of an optimizer's state, by the names of parameters; ValueError if it is not as it should be."""
+    found = {}
+    for segment in strategy.layout.segments:
+        array = arrays.get(f"{slot}.{segment.name}")
+        if array is None or array.shape != segment.shape:
+            shape = "no" if array is None else f"shape {array.shape} of"
+            raise ValueError(
+                f"the checkpoint, of {facts['optimizer']}, has {shape} {slot} of {segment.name} {segment.shape}: "
+                "freeze the parameters that were frozen when it was saved, and no others"
+            )
+        found[segment.name] = array
+    return found

@@ -1,6 +1,7 @@
 """Files of checkpoints, and the folders that keep several.
 
     update-00000300.safetensors     model.<name>, <slot>.<name> of the optimizer; in its header facts, a checksum
+                                    <slot>@<rank>.<name> where each rank has its own; outer.<slot>.<name>
 
 A file appears whole or not at all: it is written beside its place, flushed to the disk, then renamed. What is
 damaged afterwards is found by the checksum, and the file before it is used.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import re
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -115,3 +117,65 @@ def _checksum(arrays: Mapping[str, np.ndarray], facts: str) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+# --- facts ------------------------------------------------------------------------------------------------------
+
+
+def surroundings() -> dict[str, str]:
+    """What the bits of a training depend on besides program and data."""
+    from importlib import metadata  # 16 ms, for this only
+
+    import threadpoolctl
+
+    try:
+        version = metadata.version("minidp")
+    except metadata.PackageNotFoundError:  # a checkout on the path
+        version = "not installed"
+    blas = sorted(
+        f"{library['internal_api']} {library['version']} {library.get('architecture', '')}".strip()
+        for library in threadpoolctl.threadpool_info()
+        if library["user_api"] == "blas"
+    )
+    return {
+        "minidp": version,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "blas": ", ".join(blas),
+    }
+
+
+def compare_surroundings(then: Mapping[str, str]) -> None:
+    """Say what has changed: training goes on, but not with the same bits as if nothing had."""
+    now = surroundings()
+    changed = [f"{name} {then[name]} → {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+    if changed:
+        _log.warning("the checkpoint was written with other software (%s): bits may differ", ", ".join(changed))
+
+
+def generator_states(generators: Mapping[str, np.random.Generator] | None) -> dict[str, Any]:
+    """The states of generators by name, as JSON."""
+    return {name: _plain(generator.bit_generator.state) for name, generator in (generators or {}).items()}
+
+
+def check_generators(
+    generators: Mapping[str, np.random.Generator], states: Mapping[str, Any], saved: int, world_size: int
+) -> None:
+    """ValueError if ``states`` are of others; ``saved``: how many ranks' the checkpoint holds."""
+    if generators and saved not in (0, world_size):
+        raise ValueError(
+            f"the checkpoint holds generators of {saved} ranks, here are {world_size}: give none, and draw from "
+            "minidp.backend.generator(seed, purpose, update), which needs no state"
+        )
+    for name, generator in generators.items():
+        kind = type(generator.bit_generator).__name__
+        if name not in states or states[name]["bit_generator"] != kind:
+            held = ", ".join(f"{n} ({s['bit_generator']})" for n, s in states.items()) or "none"
+            raise ValueError(f"the checkpoint holds no generator {name!r} ({kind}); it holds {held}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -28,7 +28,7 @@ from minidp.comm import Communicator
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
-from minidp.parallel.blocks import Block, Trouble, cut_blocks, find_trouble
+from minidp.parallel.blocks import Block, Trouble, cut_blocks, divided, exact_scale, find_trouble, sum_in_order
 from minidp.parallel.buckets import make_buckets, pieces, slices
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_model, leaves_of
@@ -102,7 +102,6 @@ class DataParallel(Strategy):
         self._blocks = cut_blocks(self.layout, self.optimizer, self._slabs, self._slices, parts, upper)
         self._mine = sum(hi - lo for lo, hi in self._slices)  # elements
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
-        self._exact = np.dtype(self.layout.dtype).itemsize >= 4  # 1/n is exact for a power of two, and far from 0
         self._scale = 1.0
         self._crc: int | None = None
         self._troubles: list[Trouble] = []  # of this rank's blocks, in this step
@@ -131,11 +130,7 @@ class DataParallel(Strategy):
         }
 
     def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
-        inside = {name for segment in self.layout.segments for name in segment.names}
-        targets = {name: p.data for name, p in self.model.named_parameters()} | dict(self.model.named_buffers())
-        for name, target in targets.items():
-            if name not in inside:
-                target[...] = values[name]
+        self._put_rest(values)
         if self.comm.rank == 0 or self._alone:
             self._slabs.stage(values, state)
         self.comm.all_gather_int(0, "load_state_dict")
@@ -229,7 +224,7 @@ class DataParallel(Strategy):
     def _average_and_update(self, total: int) -> Trouble | None:
         """∇L and w' of this rank's blocks; the first trouble in them, with which w' is void."""
         self._troubles.clear()
-        self._scale = 1 / total if self._exact and total & (total - 1) == 0 else 1
+        self._scale = exact_scale(total, self.layout.dtype)
         self._hyper = [self.optimizer.hyper(group, self.updates) for group in range(len(self.optimizer.groups))]
         gradients: Iterable[Flat] = map(self._reduce, self._blocks, repeat(total))
         if self._alone:
@@ -250,19 +245,14 @@ class DataParallel(Strategy):
         out, parts = block.mean, block.parts
         if len(parts) > 2 and self.micro_shards is not None:
             summed = add_in_tree(parts, (out, *block.upper))
-        elif len(parts) == 1:
-            summed = parts[0] if parts[0].dtype == out.dtype else parts[0].astype(out.dtype)
         else:
-            summed = np.add(parts[0], parts[1], out=out, dtype=out.dtype)
-            for part in parts[2:]:
-                np.add(out, part, out=out)
+            summed = sum_in_order(parts, out)
         # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
         if self.check_finite and not math.isfinite(np.dot(summed, summed)):
             self._troubles += find_trouble(block, summed)
         if self._scale != 1:
             return summed
-        np.divide(summed, total, out=out)
-        return out if out.dtype == block.params[0].dtype else out.astype(block.params[0].dtype)
+        return divided(summed, total, out, block.params[0].dtype)
 
     def _update(self, block: Block, gradient: Flat) -> None:
         """w' ← rule(w, ∇L) on this block, from the current buffers into the others."""

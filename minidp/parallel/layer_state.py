@@ -25,10 +25,11 @@ class LayerState:
         comm: the ranks that train together.
         seed: of the masks, the same on all ranks.
         leaves: micro-shards of this rank; 1 where there are none, and the rank is one itself.
+        together: whether all ranks make a step together; otherwise each rank's statistics are of its own batches.
     """
 
-    def __init__(self, model: Module, comm: Communicator, seed: int, leaves: int) -> None:
-        self._comm, self._first = comm, comm.rank * leaves
+    def __init__(self, model: Module, comm: Communicator, seed: int, leaves: int, together: bool) -> None:
+        self._comm, self._first, self._together = comm, comm.rank * leaves, together
         self._masks = DropoutScope(seed, rank=self._first)
         for module in model.modules():
             if isinstance(module, Dropout):
@@ -45,6 +46,11 @@ class LayerState:
         self._records = [partial(self._record, i) for i in range(len(self._norms))]
         for norm, record in zip(self._norms, self._records):
             norm.follow(record)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether there is anything to gather."""
+        return bool(self._norms)
 
     def begin(self, update: int) -> None:
         """A new step: its masks differ, and no batch has been seen."""
@@ -63,19 +69,23 @@ class LayerState:
         self._masks.seed = seed
 
     def gather(self, check_finite: bool, update: int) -> None:
-        """Get every leaf's statistics of this step, in order of leaf. Collective, if there are such layers.
+        """Get every leaf's statistics of this step, in order of leaf. Collective, if there are such layers and
+        ranks step together.
 
         Before the update is committed, so that afterwards nobody has to be waited for: a step is whole, or has not
         been. With `check_finite`, NonFiniteGradient on all ranks if a rank has seen NaN or infinity.
         """
         if not self._norms:
             return
-        rows = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
-        self._comm.all_gather(rows, self._rows)
+        rows = self._rows.copy()
+        if self._together:
+            rows = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
+            self._comm.all_gather(rows, self._rows)
         if check_finite and not np.isfinite(rows).all():
             at, leaf = (int(i) for i in np.argwhere(~np.isfinite(rows.T))[0])  # the first layer's: it has spread
             layer = next(i for i, place in enumerate(self._places) if at < place.stop)
-            rank, value = leaf // len(self._rows), float(rows[leaf, at])
+            rank = leaf // len(self._rows) if self._together else self._comm.rank
+            value = float(rows[leaf, at])
             raise NonFiniteGradient(self._names[layer], rank, update, value, what="batch's statistics")
         self._gathered = rows
 

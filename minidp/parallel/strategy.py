@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import ref
 
@@ -17,18 +15,18 @@ from minidp.backend import array_module, asarray
 from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
 from minidp.nn import Layout, Module
-from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
-from minidp.parallel import checkpoint
 from minidp.parallel.agreement import agree, check_free, check_parameters, describe, owners
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.layer_state import LayerState
+from minidp.parallel.state import StateDict, Stateful
 
-StateDict = dict[str, np.ndarray]
+__all__ = ["StateDict", "Strategy"]
+
 WHOLE = (int, np.integer)
 
 
-class Strategy(ABC):
+class Strategy(Stateful):
     """Trains ``model`` together with the other ranks of ``comm``. Built by all ranks; collective.
 
     The loop is the same for every strategy::
@@ -48,6 +46,8 @@ class Strategy(ABC):
 
     label: ClassVar[str]
     """What messages call it: the class that users write, whichever variant of it runs."""
+    together: bool = True
+    """Whether a step is one of all ranks; otherwise each makes its own, and batch norm goes by its own batches."""
 
     def __init__(
         self,
@@ -81,9 +81,7 @@ class Strategy(ABC):
         self._leaves = leaves  # micro-shards that this rank's batch is cut into
         self._most_backwards = accumulation_steps * leaves  # that make a full step
         self._backwards = self._samples = 0
-        self._poison: BaseException | None = None
-        self._released = False
-        self._layers = LayerState(model, self.comm, self.seed, leaves)  # of the caller's own forwards as well
+        self._layers = LayerState(model, self.comm, self.seed, leaves, self.together)  # of any forward
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -185,84 +183,7 @@ class Strategy(ABC):
         self._layers.begin(self.updates)
         self._start_gradients()
 
-    # -- state -----------------------------------------------------------------------------------------
-
-    def state_dict(self) -> StateDict:
-        """The full model, dotted names to host arrays, on every rank. Collective: waits for all ranks."""
-        self.comm.all_gather_int(0, "state_dict")
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: StateDict) -> None:
-        """Give every rank the parameters and buffers that rank 0 was given. Collective.
-
-        The optimizer's state and the number of updates stay. ValueError on all ranks if it does not fit.
-        """
-        self._check_not_released()
-        self._put(checked_state(self.model, self.comm.broadcast_object(state, 0, "load_state_dict")), None)
-        self.discard()
-
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        position: tuple[int, int] | None = None,
-        extra: Any = None,
-        generators: Mapping[str, np.random.Generator] | None = None,
-        keep: int = 3,
-    ) -> Path:
-        """Write a checkpoint to ``folder``: all that ``load`` needs to go on, bit for bit. Collective; its path.
-
-        Rank 0 writes parameters, buffers, the optimizer's state, the number of updates and the seed of dropout.
-        The file appears whole or not at all. All ranks raise what rank 0 met, such as OSError.
-
-        Args:
-            position: (epoch, step) of the batch to go on with, where ``loader.position(updates)`` does not tell:
-                if gradients were accumulated, or a batch was discarded.
-            extra: whatever ``json`` can write.
-            generators: by name, this rank's generators that are to be put back by ``load``.
-            keep: this many of the folder's checkpoints stay, the newest ones.
-        """
-        return checkpoint.save(self, Path(folder), position, extra, generators, keep)
-
-    def load(
-        self, folder: str | os.PathLike[str], *, generators: Mapping[str, np.random.Generator] | None = None
-    ) -> checkpoint.Checkpoint:
-        """Go on from the newest good checkpoint of ``folder``, or from the file of that name. Collective.
-
-        It may have been written by any number of ranks. A damaged one is passed over, which is said in the log and
-        in the result. A step that has begun is discarded. Cost: rank 0 sends the file's content to all.
-
-        Raises, on all ranks: FileNotFoundError, DamagedCheckpoint if none is good, ValueError if it does not fit
-        model (names, shapes, dtypes) or optimizer (kind, slots). Then nothing has changed.
-        """
-        self._check_not_released()
-        return checkpoint.load(self, Path(folder), generators)
-
-    def restore(self, model: StateDict, state: Mapping[str, StateDict], updates: int, seed: int) -> None:
-        """Go on from values that fit, the same on every rank; ``state`` by slot and parameter. Collective."""
-        self._put(model, state)
-        self.updates, self.seed = updates, seed
-        self._layers.reseed(seed)
-        self.discard()
-
-    @abstractmethod
-    def optimizer_state(self) -> Mapping[str, StateDict]:
-        """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective."""
-
-    def release(self) -> None:
-        """Give the model parameters of its own again; it belongs to no strategy then. Not collective.
-
-        This strategy can't go on afterwards.
-        """
-        self.layout.release()
-        self._layers.release()
-        owners.pop(self.model, None)
-        self._released = True
-        self._poison = RuntimeError("the strategy has been released")
-
-    def _check_not_released(self) -> None:
-        if self._released:
-            raise RuntimeError("the strategy has been released: build another one")
+    # -- what it counts --------------------------------------------------------------------------------
 
     @property
     def in_step(self) -> bool:
@@ -286,10 +207,6 @@ class Strategy(ABC):
     @abstractmethod
     def _start_gradients(self) -> None:
         """Make ready for the first gradient of a step, which is stored, not added."""
-
-    @abstractmethod
-    def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
-        """Replace parameters and buffers, and the optimizer's state unless None, on all ranks or on none."""
 
     @abstractmethod
     def _reduce_and_update(self, samples: int) -> None:

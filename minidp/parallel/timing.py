@@ -248,7 +248,7 @@ class _Network:
     def _alone(self, movement: Movement) -> float:
         """Seconds that it takes on an idle network."""
         group, cluster = self.group, self.group.venue.cluster
-        if movement.timed == "ring" and cluster.topology == Switch() and cluster.ranks_per_node == 1:
+        if movement.timed == "ring" and cluster.topology == Switch() and cluster.one_rank_a_node:
             # Its 2(p − 1) steps are alike: some rank always has a longest chunk. As waves they took O(p²).
             longest = -(-movement.length // group.size) * movement.itemsize
             return (group.size - 1) * (2 * (group.alpha + longest * group.beta) + longest * group.gamma)

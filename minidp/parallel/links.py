@@ -1,0 +1,146 @@
+"""A worker's links to the servers: each operation asks all servers at once, then takes their answers."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from minidp.comm.endpoint import Endpoint
+from minidp.nn import Layout
+from minidp.nn.layout import ALIGNMENT_BYTES
+from minidp.parallel.session import Opening
+from minidp.parallel.slabs import Flat
+from minidp.parallel.wire import REQUEST, Mail, Op, Reply, Request, begin
+
+
+def server_slices(size: int, itemsize: int, servers: int) -> list[tuple[int, int]]:
+    """Cut ``size`` elements into contiguous slices, one a server: whole cache lines, their numbers equal to 1."""
+    line = ALIGNMENT_BYTES // itemsize
+    lines = -(-size // line)
+    edges = [min(size, line * (lines * j // servers)) for j in range(servers + 1)]
+    return list(pairwise(edges))
+
+
+def say_goodbye(endpoint: Endpoint) -> None:
+    """This worker has returned: no server is to wait for it."""
+    for server in endpoint.servers:
+        for work in begin(endpoint.comm, server, REQUEST, Request(Op.GOODBYE, -1)):
+            work.wait()
+
+
+class Links:
+    """The servers of a session, from one of its workers.
+
+    Attributes:
+        slices: (lo, hi) of the flat parameters, of each server.
+        digest: of the layout; it goes with every push.
+    """
+
+    def __init__(self, endpoint: Endpoint, session: int, layout: Layout) -> None:
+        self._comm, self._servers, self._session = endpoint.comm, list(endpoint.servers), session
+        self._dtype = layout.dtype
+        self.slices = server_slices(layout.size, layout.itemsize, len(self._servers))
+        self.digest = int.from_bytes(blake2b(repr(layout.describe()).encode(), digest_size=7).digest())
+        self._mail = Mail(self._comm)
+
+    def open(self, openings: Sequence[Opening], w: Flat) -> None:
+        """Begin the session: one worker, for all."""
+        data = [np.frombuffer(cloudpickle.dumps(opening), np.uint8) for opening in openings]
+        self._ask(
+            [Request(Op.OPEN, self._session, size=len(each)) for each in data],
+            [[each, w[lo:hi]] for each, (lo, hi) in zip(data, self.slices)],
+        )
+        self._answers()
+
+    def exchange(self, request: Request, gradient: Flat | None, w: Flat) -> list[Reply]:
+        """Push ``gradient`` (None: without samples there is none) and receive into ``w``, where w is answered."""
+        requests, contents = [], []
+        for lo, hi in self.slices:
+            size = 0 if gradient is None else hi - lo
+            requests.append(request._replace(session=self._session, size=size, digest=self.digest))
+            contents.append([] if gradient is None else [gradient[lo:hi]])
+        self._ask(requests, contents)
+        return self._answers(w)
+
+    def pull(self, w: Flat) -> None:
+        """Receive the servers' parameters into ``w``."""
+        self._ask_all(Op.PULL)
+        self._answers(w)
+
+    def gather(self, value: Any) -> list[tuple[int, Any]]:
+        """(worker, its value) of all workers that live and have not returned. Collective among these."""
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        first, *others = self._servers
+        works = [work for server in others for work in begin(self._comm, server, REQUEST, self._request(Op.PARK))]
+        works += begin(self._comm, first, REQUEST, self._request(Op.GATHER, size=len(data)), data)
+        for work in works:
+            work.wait()
+        reply = self._mail.reply(first)
+        everybody = pickle.loads(self._mail.contents(first, reply.size).tobytes())
+        return [(worker, pickle.loads(theirs)) for worker, theirs in everybody]
+
+    def put(self, w: Flat, state: Mapping[str, Flat] | None, updates: int | None) -> None:
+        """Replace the servers' parameters; state and number of updates unless None. Nobody pushes meanwhile."""
+        slots = list((state or {}).values())
+        self._ask(
+            [
+                self._request(Op.PUT, len(slots), size=hi - lo, element=-1 if updates is None else updates)
+                for lo, hi in self.slices
+            ],
+            [[flat[lo:hi] for flat in (w, *slots)] for lo, hi in self.slices],
+        )
+        self._answers()
+
+    def state(self, slots: Sequence[str]) -> dict[str, Flat]:
+        """The optimizer's state, flat, by slot."""
+        size = self.slices[-1][1]
+        flats = {slot: np.zeros(size, self._dtype) for slot in slots}
+        self._ask_all(Op.STATE)
+        for server, (lo, hi) in zip(self._servers, self.slices):
+            if self._mail.reply(server).size:
+                for flat in flats.values():
+                    self._mail.content(server, flat[lo:hi])
+        return flats
+
+    def info(self) -> list[list[int]]:
+        """See `Session.info`, of each server."""
+        self._ask_all(Op.INFO)
+        return [
+            self._mail.contents(server, self._mail.reply(server).size, np.int64).tolist()
+            for server in self._servers
+        ]
+
+    def close(self) -> None:
+        """This worker is not part of the session any more."""
+        self._ask_all(Op.CLOSE)
+
+    def _request(self, op: Op, samples: int = 0, size: int = 0, element: int = -1) -> Request:
+        return Request(op, self._session, samples, size, element)
+
+    def _ask_all(self, op: Op) -> None:
+        self._ask([self._request(op)] * len(self._servers), [[]] * len(self._servers))
+
+    def _ask(self, requests: Sequence[Request], contents: Sequence[Sequence[Any]]) -> None:
+        works = [
+            work
+            for server, request, arrays in zip(self._servers, requests, contents)
+            for work in begin(self._comm, server, REQUEST, request, *(a for a in arrays if len(a)))
+        ]
+        for work in works:
+            work.wait()
+
+    def _answers(self, w: Flat | None = None) -> list[Reply]:
+        """Every server's reply, with its slice of ``w`` if that comes too."""
+        replies = []
+        for server, (lo, hi) in zip(self._servers, self.slices):
+            reply = self._mail.reply(server)
+            if reply.size and w is not None:
+                self._mail.content(server, w[lo:hi])
+            replies.append(reply)
+        return replies

@@ -1,0 +1,306 @@
+"""N workers × M servers: gradients go to servers, which own w, and w comes back (article 3.3.2, 3.4.2, 4.5).
+
+    worker i                                    server j, which owns slice j of w
+    backward        n_i ∇L_i
+    push            slice j of it to server j   w ← rule(w, …)
+    pull            slice j of w back           … when the rule of staleness lets worker i go on
+
+The rule is one number (`clocks.py`): 0 is synchronous training, s lets workers run s steps ahead of the slowest,
+None lets nobody wait. What a server does: `serve.py`, `session.py`, `served.py`; what travels: `wire.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minidp import trace
+from minidp.autograd import Tensor
+from minidp.comm import CollectiveMismatch, Communicator
+from minidp.nn import Module
+from minidp.optim import Optimizer
+from minidp.parallel.buckets import runs
+from minidp.parallel.delay import Correction, DelayCompensation
+from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.links import Links
+from minidp.parallel.served import Rule
+from minidp.parallel.session import Opening
+from minidp.parallel.slabs import Flat, Slabs
+from minidp.parallel.strategy import StateDict, Strategy
+from minidp.parallel.wire import Op, Reply, Request, Status
+
+
+class ServerInfo(NamedTuple):
+    """What a server says of itself: its process, its elements of the flat parameters, updates so far, gradients
+    applied, Σ τ over these, and of each worker the version of w that it was given last."""
+
+    pid: int
+    lo: int
+    hi: int
+    version: int
+    applied: int
+    staleness_sum: int
+    pulled: tuple[int, ...]
+
+
+class ParameterServer(Strategy):
+    """Parameters live on servers (``spawn(..., servers=M)``), workers push gradients and pull w.
+
+    Args:
+        model, optimizer: built alike on every worker; the rule, any of ``optim``, runs on the servers.
+        comm: the workers that train together.
+        staleness: 0: synchronous, one update a clock, with the bits of ``DataParallel``. s ≥ 1: stale-synchronous
+            (SSP), and None: asynchronous; then each push is one update, w ← w − η ∇L_i, weighted n_i / n̄. So
+            N workers' pushes move w about N times as far as one synchronous step: take η / N to compare.
+        staleness_aware: a gradient that is τ updates late moves w by η / τ (τ ≥ 1).
+        delay_compensation: λ of DC-ASGD, or a `Correction` of your own (see ``delay.py``).
+        backup_workers: b; with staleness 0: a clock is over when N − b gradients have come. Later ones are
+            dropped, and their workers go on with the others. Each server goes by what reaches it first.
+        nominal_batch: n̄, the number of samples that counts as one gradient; default: the mean of the workers'
+            first batches, of those that have pushed so far. Not for staleness 0, which divides by Σ n_i.
+        accumulation_steps: backwards that may be added up before a push.
+        check_finite: NonFiniteGradient rather than a push that holds NaN or infinity: with staleness 0 on all
+            workers, otherwise on this one alone. The servers know nothing of such a gradient then.
+
+    Guarantees: with staleness s, workers that compute are at most s steps apart, and the w of step c holds all
+    updates of steps up to c − s − 1, and this worker's own. A gradient is applied once or, if its worker dies
+    before all of it has left for a server, not at all there. Where gradients need not wait for each other
+    (s ≥ 1, None, backup workers) the run goes on without a worker that has died. A server's death ends it.
+
+    Cost of a step, n bytes of parameters: n sent and n received a worker, 2nN/M through each server, in one round
+    trip. Memory of a server: its slice of w and of the state, and N slices more: of gradients with staleness 0,
+    otherwise of what each worker was given.
+
+    Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", OSDI 2014; for SSP
+    Ho et al., NIPS 2013; for backup workers Chen et al., "Revisiting Distributed Synchronous SGD", 2016.
+
+    Raises ValueError if the run has no servers, and for options that do not fit each other.
+    """
+
+    label = "ParameterServer"
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        comm: Communicator,
+        *,
+        staleness: int | None = 0,
+        staleness_aware: bool = False,
+        delay_compensation: float | Correction | None = None,
+        backup_workers: int = 0,
+        nominal_batch: float | None = None,
+        accumulation_steps: int = 1,
+        check_finite: bool = True,
+    ) -> None:
+        endpoint = comm.endpoint
+        if endpoint is None or not endpoint.servers:
+            raise ValueError(
+                "ParameterServer needs servers, and this run has none: start it by spawn(..., servers=1) or more"
+            )
+        self.staleness, self.backup_workers = _checked(staleness), backup_workers
+        self.staleness_aware, self.nominal_batch = staleness_aware, nominal_batch
+        correction = delay_compensation
+        if correction is not None and not callable(correction):
+            correction = DelayCompensation(correction)
+        self.correction = correction
+        self._check_options(comm.world_size)
+        self.together = staleness == 0 and not backup_workers
+        self._endpoint = endpoint
+        super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
+        self._loss = 0.0
+        self._staleness: Counter[int] = Counter()
+        self._slabs = Slabs(self.layout, (), None)
+        self._broadcast_rest()
+        w = self._slabs.params[0]
+        self.layout.pack(w)
+        self.comm.broadcast(w, 0)
+        self._slabs.bind_grads(0)
+        self._slabs.flip()
+        number = self.comm.broadcast_object(endpoint.next_session(), 0, "ParameterServer session")
+        ranks = self.comm.all_gather_int(endpoint.comm.rank, "ParameterServer ranks")
+        self._links = Links(endpoint, number, self.layout)
+        if self.comm.rank == 0:
+            self._links.open([self._opening(tuple(ranks), lo, hi) for lo, hi in self._links.slices], w)
+        self.comm.barrier()
+        if not self.together:
+            endpoint.comm.expendable(True)
+
+    def _opening(self, ranks: tuple[int, ...], lo: int, hi: int) -> Opening:
+        layout, optimizer = self.layout, self.optimizer
+        groups = [optimizer.group_of(segment.parameter) for segment in layout.segments]
+        names = layout.names_at(lo, hi)
+        return Opening(
+            workers=ranks,
+            lo=lo,
+            hi=hi,
+            runs=tuple(runs(layout, groups, [(lo, hi)])),
+            dtype=layout.dtype,
+            digest=self._links.digest,
+            rule=Rule(optimizer.without_parameters(), self.staleness_aware, self.correction),
+            staleness=self.staleness,
+            backups=self.backup_workers,
+            nominal_batch=self.nominal_batch,
+            holds=f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}",
+        )
+
+    def _check_options(self, workers: int) -> None:
+        late = self.staleness_aware or self.correction is not None
+        if late and self.staleness == 0:
+            raise ValueError(
+                "staleness_aware and delay_compensation treat late gradients, and with staleness=0 none is late: "
+                "give staleness=None or a bound of 1 or more"
+            )
+        if self.nominal_batch is not None and (self.staleness == 0 or not self.nominal_batch > 0):
+            raise ValueError(
+                f"nominal_batch={self.nominal_batch}: give a positive number, and staleness other than 0"
+            )
+        b = self.backup_workers
+        if not isinstance(b, int) or isinstance(b, bool) or not 0 <= b < workers:
+            raise ValueError(f"backup_workers={b!r}: give a number from 0 to {workers - 1}, of {workers} workers")
+        if b and self.staleness != 0:
+            raise ValueError("backup_workers are for staleness=0: otherwise nobody waits for the last one anyway")
+
+    def _options(self) -> tuple[Any, ...]:
+        late = self.staleness, self.backup_workers, self.staleness_aware, repr(self.correction)
+        return (*super()._options(), *late, self.nominal_batch)
+
+    # -- a step ------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, samples: int) -> None:
+        super().backward(loss, samples)
+        self._loss += float(loss.data) * samples
+
+    def _start_gradients(self) -> None:
+        self._loss = 0.0
+        self.layout.clear_written()
+
+    def _reduce_and_update(self, samples: int) -> None:
+        gradient = self._slabs.grads[0]
+        self.layout.zero_unwritten(gradient)
+        element = self._not_finite(gradient) if self.check_finite and samples else -1
+        if element >= 0 and not self.together:
+            raise self._trouble(element, self.comm.rank, float(gradient[element]))
+        if self._layers.gathers:
+            total = sum(self.comm.all_gather_int(samples, "step/samples")) if self.together else samples
+            if total:
+                self._layers.gather(self.check_finite, self.updates)
+        request = Request(
+            Op.PUSH,
+            0,
+            samples,
+            element=element,
+            loss=self._loss / max(1, samples),
+            value=float(gradient[element]) if element >= 0 else 0.0,
+        )
+        with trace.span("push and pull", "wait"):
+            replies = self._links.exchange(request, gradient if samples else None, self._slabs.params[0])
+        self._read(replies, samples)
+
+    def _read(self, replies: list[Reply], samples: int) -> None:
+        """Raise what a server has refused; count what has travelled, and how late it was."""
+        for reply in replies:
+            if reply.status == Status.NOT_FINITE:
+                raise self._trouble(reply.element, reply.worker, reply.value)
+            if reply.status == Status.LEFT:
+                raise CollectiveMismatch(
+                    f"rank {reply.worker} has returned; rank {self.comm.rank} waits in step #{self.updates + 1}, "
+                    "which with staleness=0 is one of all ranks: all must make the same number of steps"
+                )
+            if reply.status == Status.FOREIGN:
+                raise CollectiveMismatch(
+                    f"rank {self.comm.rank} has pushed the gradients of another model than the servers hold"
+                )
+        self._staleness.update(reply.staleness for reply in replies if reply.staleness >= 0)
+        self._exchanged.bytes_sent += self.layout.nbytes if samples else 0
+        self._exchanged.bytes_received += self.layout.nbytes
+        self._exchanged.messages_sent += len(replies)
+
+    @staticmethod
+    def _not_finite(gradient: Any) -> int:
+        """The first element that is not finite; −1 if all are. The dot product is the cheapest look at all."""
+        if math.isfinite(np.dot(gradient, gradient)):
+            return -1
+        bad = ~np.isfinite(gradient)
+        return int(bad.argmax()) if bad.any() else -1
+
+    def _trouble(self, element: int, rank: int, value: float) -> NonFiniteGradient:
+        (name, *_) = self.layout.names_at(element, element + 1)
+        return NonFiniteGradient(name, rank, self.updates, value)
+
+    # -- state -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """The servers' model, on every worker. Collective: waits for all that live and have not returned.
+
+        Afterwards this worker computes from that w. Where workers do not step together, batch norm's statistics
+        are the mean of theirs.
+        """
+        buffers = {} if self.together else {n: np.array(b) for n, b in self.model.named_buffers()}
+        present = [theirs for _, theirs in self._links.gather((self.comm.rank, buffers))]
+        for name, buffer in self.model.named_buffers():
+            if not self.together:
+                all_of_them = np.stack([theirs[name] for _, theirs in present])
+                floating = np.issubdtype(buffer.dtype, np.floating)
+                buffer[...] = all_of_them.mean(axis=0) if floating else all_of_them.max(axis=0)
+        self._links.pull(self._slabs.params[0])
+        return self.model.state_dict()
+
+    def optimizer_state(self) -> Mapping[str, StateDict]:
+        flats = self._links.state(self.optimizer.slots)
+        names = [segment.name for segment in self.layout.segments]
+        return {slot: dict(zip(names, self.layout.views(flat))) for slot, flat in flats.items()}
+
+    def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
+        self._put_rest(values)
+        self._slabs.stage(values)
+        self._slabs.flip()
+        self._links.gather(None)  # nobody has anything on its way
+        if self.comm.rank == 0:
+            flats = None if state is None else {slot: self._flat(of_slot) for slot, of_slot in state.items()}
+            self._links.put(self._slabs.params[0], flats, None)
+        self._links.gather(None)
+
+    def _flat(self, values: StateDict) -> Flat:
+        flat = np.zeros(self.layout.size, self.layout.dtype)
+        for segment, view in zip(self.layout.segments, self.layout.views(flat)):
+            view[...] = values[segment.name]
+        return flat
+
+    def servers(self) -> list[ServerInfo]:
+        """What each server says of itself now. Not collective."""
+        return [
+            ServerInfo(pid, lo, hi, version, applied, late, tuple(pulled))
+            for (lo, hi), (pid, version, applied, late, *pulled) in zip(self._links.slices, self._links.info())
+        ]
+
+    @property
+    def staleness_counts(self) -> dict[int, int]:
+        """How many of this worker's gradients were τ updates late, on all servers together: {τ: count}."""
+        return dict(sorted(self._staleness.items()))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """See `Strategy.metrics`; staleness is that of this worker's gradients, on all servers."""
+        total = sum(self._staleness.values())
+        mean = sum(late * count for late, count in self._staleness.items()) / max(1, total)
+        return super().metrics | {"staleness_mean": mean, "staleness_max": float(max(self._staleness, default=0))}
+
+    def release(self) -> None:
+        if not self._released:
+            self._links.close()
+        super().release()
+
+
+def _checked(staleness: Any) -> int | None:
+    if staleness is None:
+        return None
+    if isinstance(staleness, bool) or not isinstance(staleness, int | np.integer):
+        raise TypeError(f"staleness={staleness!r}: give 0 (synchronous), a bound s ≥ 1, or None (asynchronous)")
+    if staleness < 0:
+        raise ValueError(f"staleness={staleness}: give 0 (synchronous), a bound s ≥ 1, or None (asynchronous)")
+    return int(staleness)

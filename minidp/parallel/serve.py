@@ -1,0 +1,152 @@
+"""A server's life: requests come from all workers, one at a time, until the last worker has left."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from minidp.comm import ANY, RankLost
+from minidp.comm.endpoint import Endpoint
+from minidp.parallel.session import Opening, Session
+from minidp.parallel.slabs import Flat
+from minidp.parallel.wire import REPLY, Mail, Op, Reply, Request, Status, begin
+
+
+class Arrivals(Protocol):
+    """In which order requests are handled."""
+
+    def next(self, mail: Mail) -> tuple[int, Request] | None:
+        """The next request and its worker; op LOST if the worker has died. None: there are no more."""
+
+
+class Observer(Protocol):
+    """Is told of all that a server does, before it does it."""
+
+    def handles(self, worker: int, request: Request, session: Session | None) -> None: ...
+    def ends(self, sessions: dict[int, Session]) -> None: ...
+
+
+class AsTheyCome:
+    """The order of arrival."""
+
+    def next(self, mail: Mail) -> tuple[int, Request]:
+        try:
+            return mail.request(ANY)
+        except RankLost as lost:
+            return lost.rank, Request(Op.LOST, -1)
+
+
+def serve(
+    endpoint: Endpoint, arrivals: Arrivals | None = None, observers: Iterable[Observer] = ()
+) -> dict[int, Session]:
+    """Serve all ``ParameterServer`` strategies of a run's workers until these have returned or died.
+
+    What ``spawn(..., servers=M)`` runs on each server. Returns what there has been, by the sessions' numbers.
+
+    Args:
+        arrivals: the order in which requests are handled; default: as they come.
+        observers: are told of each.
+    """
+    return _Server(endpoint, arrivals or AsTheyCome(), list(observers)).run()
+
+
+class _Server:
+    def __init__(self, endpoint: Endpoint, arrivals: Arrivals, observers: list[Observer]) -> None:
+        self._endpoint, self._comm = endpoint, endpoint.comm
+        self._arrivals, self._observers = arrivals, observers
+        self._mail = Mail(self._comm)
+        self._workers = set(range(endpoint.workers))
+        self._sessions: dict[int, Session] = {}
+
+    def run(self) -> dict[int, Session]:
+        while self._workers:
+            arrival = self._arrivals.next(self._mail)
+            if arrival is None:
+                break
+            worker, request = arrival
+            try:
+                content = self._content(worker, request)
+            except RankLost:  # in the middle of a message, which is as if it had never begun
+                request, content = Request(Op.LOST, -1), None
+            for observer in self._observers:
+                observer.handles(worker, request, self._sessions.get(request.session))
+            self._handle(worker, request, content)
+        for observer in self._observers:
+            observer.ends(self._sessions)
+        return self._sessions
+
+    def _content(self, rank: int, request: Request) -> Any:
+        """What comes after the header; a gradient goes straight to its session's inbox."""
+        op, size, mail = request.op, request.size, self._mail
+        if op == Op.OPEN:
+            opening: Opening = pickle.loads(mail.contents(rank, size).tobytes())
+            return opening, mail.contents(rank, opening.hi - opening.lo, opening.dtype)
+        if op == Op.GATHER:
+            return mail.contents(rank, size).tobytes()
+        session = self._sessions.get(request.session)
+        if session is None or not size:
+            return None
+        dtype = session.opening.dtype
+        if op == Op.PUT:
+            return [mail.contents(rank, size, dtype) for _ in range(1 + request.samples)]
+        if op == Op.PUSH:
+            mine = self._fits(request, session)
+            inbox = session.inbox(session.opening.workers.index(rank)) if mine else np.empty(size, dtype)
+            mail.content(rank, inbox)
+        return None
+
+    @staticmethod
+    def _fits(request: Request, session: Session) -> bool:
+        return request.digest == session.opening.digest and request.size in (0, len(session.slice.w))
+
+    def _handle(self, rank: int, request: Request, content: Any) -> None:
+        op = request.op
+        if op in (Op.GOODBYE, Op.LOST):
+            self._workers.discard(rank)
+            for session in self._sessions.values():
+                if rank in session.opening.workers:
+                    session.leave(session.opening.workers.index(rank))
+            return
+        if op == Op.OPEN:
+            self._open(rank, request, *content)
+            return
+        session = self._sessions[request.session]
+        worker = session.opening.workers.index(rank)
+        if op == Op.PUSH:
+            if self._fits(request, session):
+                session.push(worker, request)
+                self._comm.progress(session.slice.version)
+            else:
+                self._answer(rank, Reply(Status.FOREIGN))
+        elif op == Op.PULL:
+            session.pull(worker)
+        elif op == Op.PARK:
+            session.park(worker)
+        elif op == Op.GATHER:
+            session.gather(worker, content)
+        elif op == Op.PUT:
+            w, *slots = content or [session.slice.w]
+            state = dict(zip(session.slice.state, slots)) if slots else None
+            session.put(worker, w, state, None if request.element < 0 else request.element)
+        elif op == Op.STATE:
+            session.state(worker)
+        elif op == Op.INFO:
+            session.info(worker)
+        elif op == Op.CLOSE:
+            session.leave(worker)
+
+    def _open(self, rank: int, request: Request, opening: Opening, w: Flat) -> None:
+        def answer(worker: int, reply: Reply, *arrays: Any) -> None:
+            self._answer(opening.workers[worker], reply, *arrays)
+
+        session = self._sessions[request.session] = Session(opening, answer)
+        session.slice.put(w, None, None)
+        self._comm.progress(0, note=f"holds {opening.holds}")
+        self._answer(rank, Reply(Status.DONE))
+
+    def _answer(self, rank: int, reply: Reply, *arrays: Any) -> None:
+        """Begin to answer. A worker that reads slowly, or not at all, keeps nobody waiting."""
+        begin(self._comm, rank, REPLY, reply, *(array for array in arrays if len(array)))

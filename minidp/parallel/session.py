@@ -1,0 +1,198 @@
+"""One strategy as one server sees it: its slice of w, its workers' clocks, and what each request does to them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from minidp.parallel.clocks import Clocks
+from minidp.parallel.served import Rule, ServedSlice
+from minidp.parallel.slabs import Flat, private
+from minidp.parallel.wire import Reply, Request, Status
+
+Answer = Callable[..., None]
+"""``answer(worker, reply, *arrays)``: arrays stay as they are until the worker's next request."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a server must know of a strategy.
+
+    Attributes:
+        workers: their ranks among the endpoints, in order of their rank in the strategy's communicator.
+        lo, hi: the server's slice of the flat parameters; ``runs``: (lo, hi, group) within it.
+        dtype: of the parameters; ``digest``: of their layout.
+        rule: how gradients are applied.
+        staleness: 0, s or None; ``backups``: how many workers' gradients a step can do without.
+        nominal_batch: n̄, if it was given.
+        holds: in words, what is in the slice.
+    """
+
+    workers: tuple[int, ...]
+    lo: int
+    hi: int
+    runs: tuple[tuple[int, int, int], ...]
+    dtype: np.dtype[Any]
+    digest: int
+    rule: Rule
+    staleness: int | None
+    backups: int
+    nominal_batch: Any = None
+    holds: str = ""
+
+
+class Session:
+    """The state machine of a session: each method is a request that has come, or a worker's leaving.
+
+    With staleness 0 the gradients of a round, one of each worker (of all but ``backups``), make one update
+    together; otherwise each makes one by itself when it comes.
+    """
+
+    def __init__(self, opening: Opening, answer: Answer) -> None:
+        self.opening, self._answer = opening, answer
+        workers = len(opening.workers)
+        self.rounds = opening.staleness == 0
+        self._needed = workers - opening.backups
+        keeps = not self.rounds or opening.backups > 0
+        self.slice = ServedSlice(opening.lo, opening.hi, opening.runs, opening.dtype, opening.rule, workers, keeps)
+        self.clocks = Clocks(workers, opening.staleness)
+        self.staleness_sum = self.applied = 0
+        size = opening.hi - opening.lo
+        self._inbox = [private(size, opening.dtype) for _ in range(workers if self.rounds else 1)]
+        self._round: dict[int, Request] = {}
+        self._pending: dict[int, Reply] = {}  # what waiting workers will be told
+        self._gathered: dict[int, bytes] = {}
+        self._first: dict[int, int] = {}  # each worker's first batch
+
+    def inbox(self, worker: int) -> Flat:
+        """Where the gradient of ``worker`` is to be received."""
+        return self._inbox[worker if self.rounds else 0]
+
+    # -- requests ----------------------------------------------------------------------------------------
+
+    def push(self, worker: int, request: Request) -> None:
+        """A gradient lies in the inbox (none if there were no samples)."""
+        if not self.rounds:
+            self._apply(worker, request)
+        elif self.slice.pulled[worker] != self.slice.version and self.opening.backups:
+            self._tell(worker, Reply(Status.LATE, size=1))
+        else:
+            if not request.samples:
+                self.inbox(worker)[...] = 0
+            self._round[worker] = request
+            self._close_round()
+
+    def _apply(self, worker: int, request: Request) -> None:
+        """One update a push: w ← rule(w, n_i ∇L_i / n̄)."""
+        late = -1
+        if request.samples:
+            late = self.slice.staleness(worker)
+            self.slice.update([self.inbox(worker)], self._nominal_batch(worker, request.samples), worker)
+            self._count(late)
+        self._pending[worker] = Reply(Status.DONE, staleness=late, size=1)
+        self.clocks.push(worker)
+        self._let_go()
+
+    def _close_round(self) -> None:
+        """One update a round, when all needed are there: w ← rule(w, Σ n_i ∇L_i / Σ n_i), in order of rank."""
+        gone = [worker for worker in range(len(self.opening.workers)) if worker not in self.clocks.present]
+        if len(gone) > self.opening.backups:
+            for worker in self._round:
+                self._answer(worker, Reply(Status.LEFT, worker=gone[0]))
+            self._round.clear()
+        if len(self._round) < self._needed:
+            return
+        came, total = sorted(self._round), sum(request.samples for request in self._round.values())
+        bad = min(((self._round[w].element, w) for w in came if self._round[w].element >= 0), default=None)
+        if bad is None:
+            if total:
+                self.slice.update([self.inbox(worker) for worker in came], total)
+                self._count(0)
+            else:
+                self.slice.skip()
+            reply = Reply(Status.DONE, staleness=0 if total else -1, size=1)
+        else:
+            reply = Reply(Status.NOT_FINITE, element=bad[0], worker=bad[1], value=self._round[bad[1]].value)
+        self._round.clear()
+        for worker in came:
+            self._tell(worker, reply)
+
+    def _count(self, staleness: int) -> None:
+        self.staleness_sum += staleness
+        self.applied += 1
+
+    def _nominal_batch(self, worker: int, samples: int) -> Any:
+        """n̄: unless it was given, the mean of the first batches of all workers that have pushed so far."""
+        if self.opening.nominal_batch is not None:
+            return self.opening.nominal_batch
+        self._first.setdefault(worker, samples)
+        mean = Fraction(sum(self._first.values()), len(self._first))
+        if mean.denominator == 1:
+            return int(mean)
+        return mean if self.opening.dtype.hasobject else float(mean)
+
+    def pull(self, worker: int) -> None:
+        self._tell(worker, Reply(Status.DONE, size=1))
+
+    def park(self, worker: int) -> None:
+        """``worker`` waits for all others: it holds nobody back."""
+        self.clocks.park(worker)
+        self._let_go()
+
+    def gather(self, worker: int, data: bytes) -> None:
+        """``worker`` waits for all others, and brings something."""
+        self._gathered[worker] = data
+        self.park(worker)
+        self._close_gathering()
+
+    def put(self, worker: int, w: Flat, state: dict[str, Flat] | None, updates: int | None) -> None:
+        self.slice.put(w, state, updates)
+        self._answer(worker, Reply(Status.DONE))
+
+    def state(self, worker: int) -> None:
+        size = len(self.slice.w) * len(self.slice.state)
+        self._answer(worker, Reply(Status.DONE, self.slice.version, size=size), *self.slice.state.values())
+
+    def info(self, worker: int) -> None:
+        """pid, updates, gradients applied, Σ τ of them; then of each worker the version that it has."""
+        numbers = [os.getpid(), self.slice.version, self.applied, self.staleness_sum, *self.slice.pulled]
+        self._answer(worker, Reply(Status.DONE, size=len(numbers)), np.array(numbers, np.int64))
+
+    def leave(self, worker: int) -> None:
+        """``worker`` has returned, died, or closed its part of the session."""
+        self.clocks.leave(worker)
+        self._gathered.pop(worker, None)
+        self._round.pop(worker, None)
+        self._let_go()
+        self._close_gathering()
+        if self.rounds:
+            self._close_round()
+
+    # -- answers -----------------------------------------------------------------------------------------
+
+    def _tell(self, worker: int, reply: Reply) -> None:
+        """Answer; ``size`` not 0 means: with w."""
+        if not reply.size:
+            self._answer(worker, reply._replace(version=self.slice.version))
+            return
+        w = self.slice.give(worker)
+        reply = reply._replace(version=self.slice.version, size=len(w))
+        self._answer(worker, reply, *([w] if len(w) else []))
+
+    def _let_go(self) -> None:
+        for worker in self.clocks.let_go():
+            self._tell(worker, self._pending.pop(worker))
+
+    def _close_gathering(self) -> None:
+        if self._gathered and self._gathered.keys() >= set(self.clocks.present):
+            data = np.frombuffer(pickle.dumps(sorted(self._gathered.items())), np.uint8)
+            workers = list(self._gathered)
+            self._gathered.clear()
+            for worker in workers:
+                self._answer(worker, Reply(Status.DONE, self.slice.version, size=len(data)), data)
