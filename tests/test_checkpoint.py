@@ -468,3 +468,180 @@ def test_a_released_strategy_lets_the_model_alone(tmp_path: Path) -> None:
     second.forward_backward(*samples()[:8], F.cross_entropy)
     second.step()
     assert not same_bits(everything(second), before)
+
+
+# --- states of each rank's own --------------------------------------------------------------------------------
+
+APART = ("mean", "outer", "outer adam")
+
+
+def apart(comm: Any, rule: str, how: str, seed: int = 0, every: int = 3) -> Any:
+    model = Noisy().initialize(seed).astype("float64")
+    options: dict[str, Any] = {}
+    if how == "outer":
+        options["outer"] = optim.SGD(model.parameters(), lr=lambda t: 0.7 / (1 + t), momentum=0.9, nesterov=True)
+    elif how == "outer adam":
+        options["outer"] = optim.Adam(model.parameters(), lr=0.02)
+    elif how == "outer plain":
+        options["outer"] = optim.SGD(model.parameters(), lr=0.7)
+    return parallel.LocalSGD(model, RULES[rule](model.parameters()), comm, every, **options)
+
+
+def all_of_it(strategy: Any) -> dict[str, np.ndarray]:
+    outer = {f"{slot}.{name}": a.copy() for slot, of in strategy.outer_state().items() for name, a in of.items()}
+    return everything(strategy) | {f"outer.{name}": a for name, a in outer.items()}
+
+
+def saves_apart(comm: Any, folder: Path, rule: str, how: str, until: int) -> Any:
+    strategy = apart(comm, rule, how)
+    go_on(strategy, 4)  # one step after an averaging
+    before = strategy.state_dict()
+    strategy.save(folder)
+    assert how != "mean" or same_bits(before, strategy.state_dict()), "what it was the mean of, it is"
+    go_on(strategy, until)
+    return all_of_it(strategy), strategy.model.state_dict(), strategy.outer_updates
+
+
+def resumes_apart(comm: Any, folder: Path, rule: str, how: str, until: int) -> Any:
+    strategy = apart(comm, rule, how, seed=5 + comm.rank)
+    go_on(strategy, 2)  # whatever was before is forgotten
+    assert strategy.load(folder).updates == strategy.updates == 4
+    go_on(strategy, until)
+    return all_of_it(strategy), strategy.model.state_dict(), strategy.outer_updates
+
+
+@pytest.mark.parametrize("how", APART)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_replicas_resume_as_if_never_interrupted(world: str, rule: str, how: str, tmp_path: Path) -> None:
+    """Parameters, buffers, dropout, each rank's own state, the outer one's, and when the next averaging is due."""
+    for until in (4, 6, STEPS):  # 6: two steps after the averaging that was part of saving
+        folder = tmp_path / f"{until}"
+        want = minidp.spawn(saves_apart, 2, folder, rule, how, until, world=world)
+        found = minidp.spawn(resumes_apart, 2, folder, rule, how, until, world=world)
+        for rank in (0, 1):
+            assert same_bits(found[rank][0], want[rank][0]), (until, rank)
+            assert same_bits(found[rank][1], want[rank][1]), (until, rank)
+            assert found[rank][2] == want[rank][2]
+        if RULES[rule](nn.Linear(1, 1).parameters()).slots:
+            (slot, *_) = RULES[rule](nn.Linear(1, 1).parameters()).slots
+            name = f"{slot}.first.weight"
+            assert want[0][0][name].tobytes() != want[1][0][name].tobytes(), "each rank has its own"
+
+
+def test_the_file_holds_every_ranks_own_state(tmp_path: Path) -> None:
+    minidp.spawn(saves_apart, 3, tmp_path, "momentum", "outer", 4, world="virtual")
+    arrays, facts = checkpoint_files.read_one(tmp_path / "update-00000004.safetensors")
+    names = [f"momentum_buffer@{rank}.first.weight" for rank in range(3)]
+    assert len({arrays[name].tobytes() for name in names}) == 3
+    assert {"model.first.weight", "outer.momentum_buffer.first.weight"} < arrays.keys()
+    assert not {"momentum_buffer.first.weight", "momentum_buffer@3.first.weight"} & arrays.keys()
+    assert facts["private_updates"] == [4, 4, 4]
+    assert facts["outer"] == {"optimizer": "SGD", "slots": ["momentum_buffer"], "updates": 2}
+
+
+def exchanged(comm: Any, folder: Path, what: str) -> list[str]:
+    """Between strategies that have one state and those in which each rank has its own."""
+    kind, rule, how, other = what.split("/")
+    alone = comm.split(comm.rank)
+    strategy = apart(comm, rule, how) if kind == "LocalSGD" else build(comm, rule, kind)
+    go_on(strategy, 4)
+    strategy.save(folder)
+    want = all_of_it(strategy)
+    said = []
+    for here, ranks in ((comm, 2), (alone, 1)):
+        model = Noisy().initialize(1).astype("float64")
+        loads: Any = (
+            apart(here, rule, other.removeprefix("LocalSGD "), seed=1)
+            if other.startswith("LocalSGD")
+            else getattr(parallel, other)(model, RULES[rule](model.parameters()), here)
+        )
+        go_on(loads, 3)  # whatever was before is forgotten
+        before = all_of_it(loads)
+        said.append(told(lambda loads=loads: loads.load(folder)))
+        if said[-1] == "nothing":
+            assert loads.updates == 4
+            found = all_of_it(loads)
+            shared = {name for name in want if name.startswith("model") or kind == "DataParallel" or ranks == 2}
+            assert same_bits(*({name: of[name] for name in shared & found.keys()} for of in (found, want)))
+            assert not any(found[name].any() for name in found.keys() - want.keys()), "outer states begin at 0"
+        else:
+            assert same_bits(all_of_it(loads), before)
+    return said
+
+
+FINE = "nothing"
+ONE_FOR_ALL = (
+    "ValueError: the checkpoint holds a state of Adam for each of 2 ranks, here all ranks have one together"
+)
+ONE_RANK = (
+    "ValueError: the checkpoint holds a state of Adam for each of 2 ranks, here are 1: load it by the same "
+    "strategy on 2 ranks, or give its parameters alone, model.<name> of nn.load_file(…), to strategy.load_state"
+)
+NO_OUTER, ANOTHER = (
+    f"ValueError: the checkpoint is of outer SGD with the state ['momentum_buffer'], the strategy has {what}"
+    for what in (
+        "no outer optimizer: load it by LocalSGD(…, outer=…), or give",
+        "outer Adam with ['exp_avg', 'exp",
+    )
+)
+# Saved by / with the rule / and this outer one / loaded by: what is said on as many ranks, and on one.
+EXCHANGES = {
+    "DataParallel/adam/-/LocalSGD mean": (FINE, FINE),
+    "DataParallel/adam/-/LocalSGD outer": (FINE, FINE),
+    "DataParallel/plain/-/Hogwild": (FINE, FINE),
+    "LocalSGD/plain/mean/DataParallel": (FINE, FINE),
+    "LocalSGD/plain/mean/LocalSGD mean": (FINE, FINE),
+    "LocalSGD/plain/mean/LocalSGD outer": (FINE, FINE),
+    "LocalSGD/plain/outer/LocalSGD outer": (FINE, FINE),
+    "LocalSGD/plain/outer plain/LocalSGD mean": (FINE, FINE),
+    "LocalSGD/plain/outer plain/DataParallel": (FINE, FINE),
+    "LocalSGD/adam/mean/LocalSGD mean": (FINE, ONE_RANK),
+    "LocalSGD/adam/mean/DataParallel": (ONE_FOR_ALL, ONE_FOR_ALL),
+    "LocalSGD/plain/outer/LocalSGD mean": (NO_OUTER, NO_OUTER),
+    "LocalSGD/plain/outer/DataParallel": (NO_OUTER, NO_OUTER),
+    "LocalSGD/plain/outer/LocalSGD outer adam": (ANOTHER, ANOTHER),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("what", EXCHANGES)
+def test_what_can_be_loaded_by_what(world: str, what: str, tmp_path: Path) -> None:
+    for found in minidp.spawn(exchanged, 2, tmp_path, what, world=world):
+        for said, start in zip(found, EXCHANGES[what], strict=True):
+            assert said.startswith(start), said
+
+
+def walks_alone(comm: Any, folder: Path, how: str) -> Any:
+    """Ranks of Hogwild make different numbers of steps, each with a state of its own."""
+    strategy = build(comm, "momentum", "Hogwild", seed=3)
+    if how == "save":
+        go_on(strategy, 3 + 2 * comm.rank)
+        strategy.save(folder)
+    else:
+        assert strategy.load(folder).updates == 3, "rank 0's"
+    state = strategy.optimizer_state()["momentum_buffer"]
+    return strategy.updates, {name: array.copy() for name, array in state.items()}, strategy.state_dict()
+
+
+def test_each_rank_goes_on_from_its_own_step(tmp_path: Path) -> None:
+    saved, loaded = (minidp.spawn(walks_alone, 2, tmp_path, how, world="virtual") for how in ("save", "load"))
+    assert [updates for updates, *_ in loaded] == [3, 5]
+    for (_, mine, _), (_, again, _) in zip(saved, loaded):
+        assert same_bits(mine, again)
+    assert not same_bits(loaded[0][1], loaded[1][1])
+    assert same_bits(saved[0][2], loaded[0][2])
+
+
+def test_files_of_before_there_were_such_states_are_read(tmp_path: Path) -> None:
+    strategy = build(comm_self())
+    go_on(strategy, 2)
+    path = strategy.save(tmp_path)
+    arrays, facts = checkpoint_files.read_one(path)
+    old = {name: value for name, value in facts.items() if name not in ("private_updates", "outer")}
+    assert len(old) == len(facts) - 2
+    path = checkpoint_files.write(tmp_path / "old", checkpoint_files.Content(arrays, old), 1)
+    for other in (build(comm_self(), seed=1), apart(comm_self(), "adam", "mean", seed=1)):
+        other.load(path)
+        assert same_bits(everything(other), everything(strategy))
+        assert other.updates == 2

@@ -44,6 +44,7 @@ THIRD_PARTY = {
     "parallel": {"cloudpickle", "threadpoolctl"},
     "demo": {"rich"},
     "plan": {"matplotlib", "rich"},
+    "replay": {"rich"},
     "bench": {"rich", "threadpoolctl", "torch", "mpi4py"},
 }
 LONGEST = 320

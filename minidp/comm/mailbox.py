@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ class Mailbox:
         self.rendezvous, self.region, self.traffic = rendezvous, region, traffic
         self.rank = rendezvous.rank
         peers = [rank for rank in range(rendezvous.size) if rank != self.rank]
+        self._bell, self._bells = rendezvous.bell(self.rank), {peer: rendezvous.bell(peer) for peer in peers}
         self._doors_in = {src: rendezvous.door(src, self.rank) for src in peers}
         self._out: dict[int, ArrayQueue] = {}
         self._in: dict[int, ArrayQueue] = {}
@@ -137,6 +139,7 @@ class Mailbox:
             queue = self._queue_to(dst)
             while waiting and waiting[0].message.push(queue):
                 moved = True
+                self._bells[dst].ring()
                 if waiting[0].done:
                     size = len(waiting.popleft().message.data)
                     self.traffic.add(size)
@@ -175,7 +178,9 @@ class Mailbox:
                 since = since or time.monotonic()
                 arrived, news = (self._something, self._unmourned) if word is None else (None, None)
                 watch = self.rendezvous.watch
-                vigil = watch.vigil(word, value, work.place, since=since, arrived=arrived, news=news)
+                vigil = watch.vigil(
+                    word, value, work.place, since=since, arrived=arrived, news=news, bell=self._bell
+                )
                 with vigil:
                     while not work.done and not self.pump():
                         vigil.nap()
@@ -280,9 +285,15 @@ class Mailbox:
 
 
 def kind_of(x: Array) -> str:
-    """What sender and receiver must agree on; by its digest if it is too long for the header of a slot."""
-    kind = f"{x.dtype}[{x.size}]"
+    """What sender and receiver must agree on."""
+    return _kind(x.dtype, x.size)
+
+
+@lru_cache(1024)  # to write out a dtype takes longer than a small message
+def _kind(dtype: np.dtype[Any], size: int) -> str:
+    """By a digest if it is too long for the header of a slot."""
+    kind = f"{dtype}[{size}]"
     if len(kind.encode()) > KIND_BYTES:
-        digest = hashlib.blake2b(str(x.dtype).encode(), digest_size=8).hexdigest()
-        kind = f"structured {digest} of {x.itemsize} bytes[{x.size}]"
+        digest = hashlib.blake2b(str(dtype).encode(), digest_size=8).hexdigest()
+        kind = f"structured {digest} of {dtype.itemsize} bytes[{size}]"
     return kind

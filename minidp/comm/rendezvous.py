@@ -20,10 +20,11 @@ from minidp.comm.arena import Arena, Bytes, round_up
 from minidp.comm.board import describe, disagreement
 from minidp.comm.errors import CollectiveMismatch, CommError
 from minidp.comm.vigil import Watch
-from minidp.comm.word import LINE, SPINS, Word, fence
+from minidp.comm.word import LINE, SPINS, Bell, Word, fence
 
 CHUNK = 512 * 1024  # bytes a payload slot: two of them and the sum stay in a core's L2 cache
 _HEADER, _HEADER_BYTES, _TEXT = 256, 512, 448
+_BELL = 1280  # the line that wakes a member who waits for whichever message
 _DOORS = 2048  # where the lines begin through which a rank tells each peer of the queue that it made for it
 
 
@@ -92,6 +93,10 @@ class Rendezvous:
         """The counter through which member ``src`` tells member ``dst`` where its queue is."""
         at = _DOORS + LINE * dst
         return Word(self._blocks[src][at : at + LINE], self.offsets[src] + at, self.ranks[src])
+
+    def bell(self, member: int) -> Bell:
+        """What wakes a member who waits for a message from anybody."""
+        return Bell(self._blocks[member][_BELL : _BELL + LINE])
 
     def parity(self) -> int:
         """Which of the two slots belongs to the coming arrival."""

@@ -18,7 +18,7 @@ from typing import Protocol
 from minidp.comm.arena import Arena
 from minidp.comm.board import GONE, LOST, NOBODY, Board, Wait, left_waiting, name_ranks, stuck
 from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed, RankLost
-from minidp.comm.word import SLEEP_S, Word
+from minidp.comm.word import SLEEP_S, Bell, Word
 
 LOOK_S = 0.05  # between two looks for circles and returned ranks
 SETTLE_S = 0.25  # for the others to arrive, before a rank's early return is reported
@@ -45,15 +45,17 @@ class Watch:
         absent: Callable[[], list[int]] | None = None,
         arrived: Callable[[], bool] | None = None,
         news: Callable[[], int | None] | None = None,
+        bell: Bell | None = None,
     ) -> Vigil:
         """A wait for ``word`` to reach ``value``; ``place`` says where, for messages.
 
-        With ``word`` None it is a wait for any rank, ``arrived`` tells whether it is over, and ``news`` which rank
-        has been lost that the waiter has not heard of. The patience is counted from ``since`` (monotonic seconds;
+        With ``word`` None it is a wait for any rank, ``arrived`` tells whether it is over, ``news`` which rank has
+        been lost that the waiter has not heard of, and ``bell`` is rung when something comes.
+        The patience is counted from ``since`` (monotonic seconds;
         default: now), ``absent`` names who has not come.
         """
         self._serial += 1
-        return Vigil(self, self._serial, word, value, place(), since, absent, arrived, news)
+        return Vigil(self, self._serial, word, value, place(), since, absent, arrived, news, bell)
 
     def pump(self) -> None:
         """Move all messages of this rank on."""
@@ -84,9 +86,10 @@ class Vigil:
         absent: Callable[[], list[int]] | None,
         arrived: Callable[[], bool] | None,
         news: Callable[[], int | None] | None,
+        bell: Bell | None,
     ) -> None:
         self.watch, self.word, self.value, self.absent, self.arrived = watch, word, value, absent, arrived
-        self.news = news
+        self.news, self.bell = news, bell
         owner, offset = (NOBODY, 0) if word is None else (word.owner, word.offset)
         self.wait = Wait(serial, owner, offset, value, place)
         self._start = time.monotonic() if since is None else since
@@ -106,7 +109,8 @@ class Vigil:
     def nap(self) -> bool:
         """Sleep a little; True if what is waited for has arrived, an error if it never will."""
         if self.word is None:
-            time.sleep(5e-5)
+            assert self.bell is not None
+            self.bell.sleep(self._arrived)
             if self._arrived():
                 return True
         elif self.word.sleep(self.value):

@@ -76,6 +76,35 @@ class Word:
         return True
 
 
+class Bell:
+    """A line through which any rank wakes the one that owns it: for waits that anybody may end.
+
+    It says nothing but that something has come; who is woken looks for himself. A ring that is missed, because the
+    owner was just lying down, is healed by the 2 ms limit.
+    """
+
+    __slots__ = ("address", "cell")
+
+    def __init__(self, line: Bytes) -> None:
+        self.cell, self.address = line.data.cast("q"), address_of(line)
+
+    def ring(self) -> None:
+        """After publishing. Costs a look, unless the owner sleeps."""
+        cell = self.cell
+        if cell[_SLEEPERS]:
+            cell[_SLEEPERS] = 0
+            cell[_VALUE] += 1
+            futex_wake(self.address)
+
+    def sleep(self, arrived: Callable[[], bool]) -> None:
+        """The owner: sleep until somebody rings, 2 ms at most; not at all if something has arrived."""
+        seen = self.cell[_VALUE]
+        self.cell[_SLEEPERS] = 1
+        if not arrived():
+            futex_wait(self.address, seen & 0xFFFFFFFF, SLEEP_S)
+        self.cell[_SLEEPERS] = 0
+
+
 class _TimeSpec(ctypes.Structure):
     _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
 

@@ -4,6 +4,7 @@ from minidp.parallel.balance import measure_speeds
 from minidp.parallel.checkpoint import Checkpoint
 from minidp.parallel.checkpoint_files import DamagedCheckpoint
 from minidp.parallel.data_parallel import DataParallel
+from minidp.parallel.delay import DelayCompensation
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.hogwild import Hogwild
 from minidp.parallel.local_sgd import LocalSGD
@@ -18,6 +19,7 @@ __all__ = [
     "CorruptGradient",
     "DamagedCheckpoint",
     "DataParallel",
+    "DelayCompensation",
     "Hogwild",
     "LocalSGD",
     "NaiveDataParallel",

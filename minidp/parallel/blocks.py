@@ -93,9 +93,10 @@ def sum_in_order(parts: Sequence[Flat], out: Flat) -> Flat:
 def exact_scale(total: Any, dtype: np.dtype[Any]) -> float:
     """1/total where multiplying by it has the bits of dividing: for powers of two, far from the smallest numbers.
 
-    Else 1: then it must be divided by.
+    Else 1: then it must be divided by. Fractions are always divided: a float among them would make them floats.
     """
-    return 1 / total if type(total) is int and dtype.itemsize >= 4 and total & (total - 1) == 0 else 1
+    exact = type(total) is int and total & (total - 1) == 0 and dtype.itemsize >= 4 and not dtype.hasobject
+    return 1 / total if exact else 1
 
 
 def divided(summed: Flat, total: Any, out: Flat, dtype: np.dtype[Any]) -> Flat:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minidp.comm import Communicator
 from minidp.comm.errors import in_words
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
@@ -33,6 +32,7 @@ from minidp.parallel.checkpoint_files import (
 )
 
 if TYPE_CHECKING:
+    from minidp.parallel.present import Group
     from minidp.parallel.state import Stateful
 
 
@@ -64,7 +64,7 @@ def save(
     keep: int,
 ) -> Path:
     """See ``Strategy.save``."""
-    comm = strategy.comm
+    comm = strategy.group
     if any(comm.all_gather_int(strategy.in_step, "save")):
         raise RuntimeError(
             "save in the middle of a step, whose gradients would be lost: call strategy.step() or discard() first"
@@ -92,6 +92,7 @@ def save(
             "slots": list(strategy.optimizer.slots),
             "private_updates": private_updates,  # of each rank; None where ranks have no states of their own
             "outer": _outer_facts(strategy),
+            "server_updates": strategy.server_updates(),
             "surroundings": surroundings(),
         }
         return write(folder, Content({name: _plain_bytes(name, a) for name, a in arrays.items()}, facts), keep)
@@ -102,7 +103,7 @@ def save(
 
 def load(strategy: Stateful, place: Path, generators: Mapping[str, np.random.Generator] | None) -> Checkpoint:
     """See ``Strategy.load``."""
-    comm = strategy.comm
+    comm = strategy.group
     content, path, damaged = _at_rank_0(comm, lambda: read(place), "load")
     arrays, facts = content
     states: list[dict[str, Any]] = facts["generators"]
@@ -123,6 +124,7 @@ def load(strategy: Stateful, place: Path, generators: Mapping[str, np.random.Gen
             raise ValueError(said)
     strategy.restore(model, state, _updates(strategy, facts), facts["seed"])
     strategy.restore_outer(outer_state, 0 if outer is None else outer["updates"])
+    strategy.restore_servers(facts.get("server_updates"))
     for name, generator in (generators or {}).items():
         generator.bit_generator.state = mine[name]
     if comm.rank == 0:
@@ -160,7 +162,7 @@ def _of_model(arrays: Arrays, strategy: Stateful) -> Arrays:
     return values
 
 
-def _at_rank_0(comm: Communicator, function: Callable[[], Any], what: str) -> Any:
+def _at_rank_0(comm: Group, function: Callable[[], Any], what: str) -> Any:
     """What ``function`` returns on rank 0, on every rank; what it raises is raised by all."""
     outcome: tuple[Any, Exception | None] = None, None
     if comm.rank == 0:

@@ -24,10 +24,12 @@ from minidp.comm import CollectiveMismatch, Communicator
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel.buckets import runs
-from minidp.parallel.delay import Correction, DelayCompensation
+from minidp.parallel.delay import Correction
 from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.links import Links
+from minidp.parallel.present import Group, Present
 from minidp.parallel.served import Rule
+from minidp.parallel.server_options import ServerOptions
 from minidp.parallel.session import Opening
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
@@ -102,15 +104,10 @@ class ParameterServer(Strategy):
             raise ValueError(
                 "ParameterServer needs servers, and this run has none: start it by spawn(..., servers=1) or more"
             )
-        self.staleness, self.backup_workers = _checked(staleness), backup_workers
-        self.staleness_aware, self.nominal_batch = staleness_aware, nominal_batch
-        correction = delay_compensation
-        if correction is not None and not callable(correction):
-            correction = DelayCompensation(correction)
-        self.correction = correction
-        self._check_options(comm.world_size)
-        self.together = staleness == 0 and not backup_workers
-        self._endpoint = endpoint
+        self.options = options = ServerOptions.checked(
+            comm.world_size, staleness, staleness_aware, delay_compensation, backup_workers, nominal_batch
+        )
+        self.together = options.together
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
         self._loss = 0.0
         self._staleness: Counter[int] = Counter()
@@ -126,12 +123,13 @@ class ParameterServer(Strategy):
         self._links = Links(endpoint, number, self.layout)
         if self.comm.rank == 0:
             self._links.open([self._opening(tuple(ranks), lo, hi) for lo, hi in self._links.slices], w)
+        self._present = Present(self._links, self.comm.rank, self.comm.world_size)
         self.comm.barrier()
         if not self.together:
             endpoint.comm.expendable(True)
 
     def _opening(self, ranks: tuple[int, ...], lo: int, hi: int) -> Opening:
-        layout, optimizer = self.layout, self.optimizer
+        layout, optimizer, options = self.layout, self.optimizer, self.options
         groups = [optimizer.group_of(segment.parameter) for segment in layout.segments]
         names = layout.names_at(lo, hi)
         return Opening(
@@ -141,33 +139,15 @@ class ParameterServer(Strategy):
             runs=tuple(runs(layout, groups, [(lo, hi)])),
             dtype=layout.dtype,
             digest=self._links.digest,
-            rule=Rule(optimizer.without_parameters(), self.staleness_aware, self.correction),
-            staleness=self.staleness,
-            backups=self.backup_workers,
-            nominal_batch=self.nominal_batch,
+            rule=Rule(optimizer.without_parameters(), options.staleness_aware, options.correction),
+            staleness=options.staleness,
+            backups=options.backup_workers,
+            nominal_batch=options.nominal_batch,
             holds=f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}",
         )
 
-    def _check_options(self, workers: int) -> None:
-        late = self.staleness_aware or self.correction is not None
-        if late and self.staleness == 0:
-            raise ValueError(
-                "staleness_aware and delay_compensation treat late gradients, and with staleness=0 none is late: "
-                "give staleness=None or a bound of 1 or more"
-            )
-        if self.nominal_batch is not None and (self.staleness == 0 or not self.nominal_batch > 0):
-            raise ValueError(
-                f"nominal_batch={self.nominal_batch}: give a positive number, and staleness other than 0"
-            )
-        b = self.backup_workers
-        if not isinstance(b, int) or isinstance(b, bool) or not 0 <= b < workers:
-            raise ValueError(f"backup_workers={b!r}: give a number from 0 to {workers - 1}, of {workers} workers")
-        if b and self.staleness != 0:
-            raise ValueError("backup_workers are for staleness=0: otherwise nobody waits for the last one anyway")
-
     def _options(self) -> tuple[Any, ...]:
-        late = self.staleness, self.backup_workers, self.staleness_aware, repr(self.correction)
-        return (*super()._options(), *late, self.nominal_batch)
+        return (*super()._options(), *self.options.describe())
 
     # -- a step ------------------------------------------------------------------------------------------
 
@@ -240,15 +220,17 @@ class ParameterServer(Strategy):
         Afterwards this worker computes from that w. Where workers do not step together, batch norm's statistics
         are the mean of theirs.
         """
-        buffers = {} if self.together else {n: np.array(b) for n, b in self.model.named_buffers()}
-        present = [theirs for _, theirs in self._links.gather((self.comm.rank, buffers))]
-        for name, buffer in self.model.named_buffers():
-            if not self.together:
-                all_of_them = np.stack([theirs[name] for _, theirs in present])
-                floating = np.issubdtype(buffer.dtype, np.floating)
-                buffer[...] = all_of_them.mean(axis=0) if floating else all_of_them.max(axis=0)
-        self._links.pull(self._slabs.params[0])
+        self.consolidate()
         return self.model.state_dict()
+
+    def consolidate(self) -> None:
+        """Give this worker the servers' w, and all workers the same buffers. Collective, as ``state_dict`` is."""
+        buffers = dict(self.model.named_buffers())
+        present = self._present.all_gather_object({} if self.together else buffers)
+        for name, buffer in () if self.together else buffers.items():
+            all_of_them = np.stack([theirs[name] for theirs in present])
+            buffer[...] = all_of_them.max(axis=0) if buffer.dtype.kind in "biu" else all_of_them.mean(axis=0)
+        self._links.pull(self._slabs.params[0])
 
     def optimizer_state(self) -> Mapping[str, StateDict]:
         flats = self._links.state(self.optimizer.slots)
@@ -259,11 +241,27 @@ class ParameterServer(Strategy):
         self._put_rest(values)
         self._slabs.stage(values)
         self._slabs.flip()
-        self._links.gather(None)  # nobody has anything on its way
-        if self.comm.rank == 0:
+        self._present.all_gather_int(0)  # nobody has anything on its way
+        if self._present.rank == 0:
             flats = None if state is None else {slot: self._flat(of_slot) for slot, of_slot in state.items()}
             self._links.put(self._slabs.params[0], flats, None)
-        self._links.gather(None)
+        self._present.all_gather_int(0)
+
+    @property
+    def group(self) -> Group:
+        return self.comm if self.together else self._present
+
+    def server_updates(self) -> int:
+        """The most that a server has made: without staleness all have made as many."""
+        return max(server.version for server in self.servers())
+
+    def restore_servers(self, updates: int | None) -> None:
+        if updates is None:
+            # A strategy whose steps are updates of all ranks; here, unless these go together, each makes its own.
+            updates = self.updates * (1 if self.options.staleness == 0 else self.comm.world_size)
+        if self._present.rank == 0:
+            self._links.put(self._slabs.params[0], None, updates)
+        self._present.all_gather_int(0)
 
     def _flat(self, values: StateDict) -> Flat:
         flat = np.zeros(self.layout.size, self.layout.dtype)
@@ -294,13 +292,3 @@ class ParameterServer(Strategy):
         if not self._released:
             self._links.close()
         super().release()
-
-
-def _checked(staleness: Any) -> int | None:
-    if staleness is None:
-        return None
-    if isinstance(staleness, bool) or not isinstance(staleness, int | np.integer):
-        raise TypeError(f"staleness={staleness!r}: give 0 (synchronous), a bound s ≥ 1, or None (asynchronous)")
-    if staleness < 0:
-        raise ValueError(f"staleness={staleness}: give 0 (synchronous), a bound s ≥ 1, or None (asynchronous)")
-    return int(staleness)

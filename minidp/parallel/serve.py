@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +40,10 @@ class AsTheyCome:
 
 
 def serve(
-    endpoint: Endpoint, arrivals: Arrivals | None = None, observers: Iterable[Observer] = ()
+    endpoint: Endpoint,
+    arrivals: Arrivals | None = None,
+    observers: Iterable[Observer] = (),
+    revise: Callable[[Opening], Opening] | None = None,
 ) -> dict[int, Session]:
     """Serve all ``ParameterServer`` strategies of a run's workers until these have returned or died.
 
@@ -49,13 +52,20 @@ def serve(
     Args:
         arrivals: the order in which requests are handled; default: as they come.
         observers: are told of each.
+        revise: changes what strategies ask for, such as their rule.
     """
-    return _Server(endpoint, arrivals or AsTheyCome(), list(observers)).run()
+    return _Server(endpoint, arrivals or AsTheyCome(), list(observers), revise or (lambda asked: asked)).run()
 
 
 class _Server:
-    def __init__(self, endpoint: Endpoint, arrivals: Arrivals, observers: list[Observer]) -> None:
-        self._endpoint, self._comm = endpoint, endpoint.comm
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        arrivals: Arrivals,
+        observers: list[Observer],
+        revise: Callable[[Opening], Opening],
+    ) -> None:
+        self._comm, self._revise = endpoint.comm, revise
         self._arrivals, self._observers = arrivals, observers
         self._mail = Mail(self._comm)
         self._workers = set(range(endpoint.workers))
@@ -82,7 +92,7 @@ class _Server:
         """What comes after the header; a gradient goes straight to its session's inbox."""
         op, size, mail = request.op, request.size, self._mail
         if op == Op.OPEN:
-            opening: Opening = pickle.loads(mail.contents(rank, size).tobytes())
+            opening = self._revise(pickle.loads(mail.contents(rank, size).tobytes()))
             return opening, mail.contents(rank, opening.hi - opening.lo, opening.dtype)
         if op == Op.GATHER:
             return mail.contents(rank, size).tobytes()

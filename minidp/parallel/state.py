@@ -17,6 +17,7 @@ from minidp.optim import Optimizer
 from minidp.parallel import checkpoint
 from minidp.parallel.agreement import owners
 from minidp.parallel.layer_state import LayerState
+from minidp.parallel.present import Group
 
 StateDict = dict[str, np.ndarray]
 
@@ -50,7 +51,7 @@ class Stateful(ABC):
         The optimizer's state and the number of updates stay. ValueError on all ranks if it does not fit.
         """
         self._check_not_released()
-        self._put(checked_state(self.model, self.comm.broadcast_object(state, 0, "load_state_dict")), None)
+        self._put(checked_state(self.model, self.group.broadcast_object(state, 0, "load_state_dict")), None)
         self.discard()
 
     def save(
@@ -113,6 +114,18 @@ class Stateful(ABC):
     @abstractmethod
     def optimizer_state(self) -> Mapping[str, StateDict]:
         """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective."""
+
+    @property
+    def group(self) -> Group:
+        """Whom checkpoints and states are shared with."""
+        return self.comm
+
+    def server_updates(self) -> int | None:
+        """How many updates servers have made; None where there are none. Not collective."""
+        return None
+
+    def restore_servers(self, updates: int | None) -> None:  # noqa: B027
+        """Let servers count on from there; None: the checkpoint is of a strategy without. After ``restore``."""
 
     def outer_state(self) -> Mapping[str, StateDict]:
         """The state of ``outer``, as ``optimizer_state`` has it."""
