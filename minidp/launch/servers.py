@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 from minidp.comm.endpoint import Endpoint
 
 
-def live(endpoint: Endpoint, function: bytes) -> Any:
+def live(endpoint: Endpoint, function: bytes, record: Path | None) -> Any:
     """A worker runs the pickled (fn, args) and takes its leave of the servers; a server serves. Collective.
 
-    Returns what the function has returned; None on a server.
+    Returns what the function has returned; None on a server. With ``record`` servers write their events there.
     """
+    # Late: a run without servers needs nothing of it.
+    from minidp.parallel import serve
+    from minidp.parallel.event_log import Recorder
+    from minidp.parallel.links import say_goodbye
+
     comm = endpoint.worker_group()
     if comm is None:
-        from minidp.parallel import serve  # late: a run without servers needs nothing of it
-
-        serve(endpoint)
+        index = endpoint.comm.rank - endpoint.workers
+        serve(endpoint, observers=[] if record is None else [Recorder(record, index)])
         return None
     fn, args = pickle.loads(function)
     try:
         value = fn(comm, *args)
     finally:
         comm.close()
-    from minidp.parallel.links import say_goodbye
-
     say_goodbye(endpoint)
     return value

@@ -10,6 +10,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +24,7 @@ from minidp.comm.world import reserve_world
 from minidp.launch import blas, interrupts, supervise, worker
 from minidp.launch.logs import RankHandler
 from minidp.launch.progress import Display, wanted
+from minidp.launch.servers import live
 from minidp.launch.whereabouts import telling
 from minidp.sim import Cluster
 
@@ -44,6 +46,7 @@ def spawn(
     blas_threads: int | None = None,
     timeout_s: float = 60.0,
     progress: bool | None = None,
+    record: str | os.PathLike[str] | None = None,
 ) -> list[T]:
     """Run ``fn(comm, *args)`` on ``world_size`` ranks and return what each returned, in rank order.
 
@@ -65,6 +68,8 @@ def spawn(
         timeout_s: how long a rank waits for another in a collective before CollectiveTimeout. In the virtual
             world, where that can't happen, how long a rank may block outside of ``comm`` (if the caller is the
             main thread; elsewhere nobody can interrupt it).
+        record: with servers, a file to write their events to as they happen; ``python -m minidp.replay`` runs it
+            again with the same bits. BLAS then has one thread.
         progress: show each rank's steps, if standard error is a terminal, or in a notebook; False: never.
 
     Where a strategy lets the run go on without a rank that has died, its result is None, and a warning is logged.
@@ -80,13 +85,16 @@ def spawn(
     _check_virtual(world, cluster, blas_threads)
     world_size, servers = int(world_size), int(servers)
     function = _pack(fn, args)
+    log = None if record is None else _begin_log(Path(record), function, world_size, servers, world, blas_threads)
     if world == "virtual":
         from minidp.launch.virtual import run  # late: the process world needs nothing of it
 
-        return run(function, world_size, cluster, float(timeout_s), servers)
+        life_of = partial(live, function=function, record=log) if servers else None
+        return run(function, world_size, cluster, float(timeout_s), servers, life_of)
     asked: list[bool] = []
     with telling(lambda: asked.append(True)):
-        return _in_processes(function, world_size, servers, blas_threads, timeout_s, progress, asked)
+        threads = blas_threads if log is None else 1
+        return _in_processes(function, world_size, servers, threads, timeout_s, progress, asked, log)
 
 
 def _in_processes(
@@ -97,6 +105,7 @@ def _in_processes(
     timeout_s: float,
     progress: bool | None,
     asked: list[bool],
+    log: Path | None,
 ) -> list[Any]:
     threads = blas.threads_per_rank(world_size, blas_threads)
     surroundings = worker.Surroundings.here(threads)
@@ -117,7 +126,9 @@ def _in_processes(
         with interrupts.held(), _starting:
             context = _context()
             for rank in range(total):
-                job = worker.Job(rank, world_size, servers, timeout_s, arena, function, surroundings, os.getpid())
+                job = worker.Job(
+                    rank, world_size, servers, timeout_s, arena, function, surroundings, os.getpid(), log
+                )
                 workers.append(_start(context, job, display))
         return supervise.run(workers, board, display, asked)
     finally:
@@ -151,6 +162,21 @@ def _check(fn: Any, world_size: Any, servers: Any, world: str, device: str, time
         raise ValueError(f"unknown device {device!r}; valid: {', '.join(map(repr, DEVICES))}")
     if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s > 0:
         raise ValueError(f"timeout_s={timeout_s!r}: give a positive number of seconds")
+
+
+def _begin_log(
+    path: Path, function: bytes, world_size: int, servers: int, world: str, blas_threads: int | None
+) -> Path:
+    if not servers:
+        raise ValueError("record= writes down what servers do, and this run has none: give servers=1 or more")
+    if blas_threads not in (None, 1):
+        raise ValueError(
+            f"blas_threads={blas_threads}: a run that is recorded has one, for bits that can be repeated"
+        )
+    from minidp.parallel.event_log import create  # late: it is not needed otherwise
+
+    create(path.absolute(), function, sys.path, workers=world_size, servers=servers, world=world)
+    return path.absolute()
 
 
 def _inside_virtual_rank() -> bool:
@@ -199,7 +225,9 @@ def _start(context: Any, job: worker.Job, display: Display) -> supervise.Worker:
     log, log_out = context.Pipe(duplex=False)
     pipe, lifeline = context.Pipe(duplex=False)
     theirs: list[Connection] = [report_out, log_out, pipe]
-    process = context.Process(target=worker.main, args=(job, *theirs), name=f"minidp-{job.name.replace(' ', '-')}", daemon=True)
+    process = context.Process(
+        target=worker.main, args=(job, *theirs), name=f"minidp-{job.name.replace(' ', '-')}", daemon=True
+    )
     with _no_main():
         process.start()
     for connection in theirs:

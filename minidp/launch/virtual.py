@@ -22,7 +22,6 @@ from minidp.comm.post import PostOffice
 from minidp.comm.traffic import Traffic
 from minidp.comm.venue import Venue
 from minidp.comm.virtual import VirtualCommunicator
-from minidp.launch.servers import live
 from minidp.launch.supervise import failure_of
 from minidp.launch.watchdog import watching
 from minidp.launch.whereabouts import place_of, telling
@@ -32,8 +31,17 @@ from minidp.sim.loop import rank_here
 _one_at_a_time = threading.Lock()  # what a run sets, and puts back, belongs to the process, not to its thread
 
 
-def run(function: bytes, workers: int, cluster: Cluster | None, timeout_s: float, servers: int = 0) -> list[Any]:
+def run(
+    function: bytes,
+    workers: int,
+    cluster: Cluster | None,
+    timeout_s: float,
+    servers: int = 0,
+    life_of: Callable[[Endpoint], Any] | None = None,
+) -> list[Any]:
     """Run the pickled (fn, args) on every rank, each with a copy of its own; what each returned, in rank order.
+
+    ``life_of``: what each end of a run with servers does; None: as anywhere, with the function.
 
     Raises RankFailed for the first failure, ValueError for a cluster that the ranks do not fit into.
     """
@@ -45,7 +53,7 @@ def run(function: bytes, workers: int, cluster: Cluster | None, timeout_s: float
     post = PostOffice(venue, ranks)
     ends = [VirtualCommunicator(group, post, rank, Traffic()) for rank in ranks]
     lives = [
-        partial(live, Endpoint(comm, workers), function) if servers else _life(function, comm) for comm in ends
+        _life(function, comm) if life_of is None else partial(life_of, Endpoint(comm, workers)) for comm in ends
     ]
     # One thread whatever was set: how BLAS cuts a sum over threads changes its bits.
     with (

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import TextIOBase
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -72,6 +73,7 @@ class Job:
     function: bytes  # (fn, args), by cloudpickle: a notebook's or a script's own functions travel too
     surroundings: Surroundings
     parent_pid: int
+    record: Path | None = None  # where servers write down what they do
 
     @property
     def name(self) -> str:
@@ -142,7 +144,7 @@ def _run(job: Job) -> tuple[str, Any]:
     everybody = join_world(job.arena, job.rank, total, patience, job.world_size)
     Sampler(Board(job.arena, total, job.world_size), job.rank).start()
     if job.servers:
-        value = servers.live(Endpoint(everybody, job.world_size), job.function)
+        value = servers.live(Endpoint(everybody, job.world_size), job.function, job.record)
     else:
         function, args = pickle.loads(job.function)
         try:
