@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,10 +24,16 @@ class Endpoint:
     comm: Communicator
     workers: int
     _sessions: Iterator[int] = field(default_factory=count, repr=False)
+    _spared: Counter[bool] = field(default_factory=Counter, repr=False)
 
     def next_session(self) -> int:
         """A number that no other call, here or at another end, gives."""
         return self.comm.rank + self.comm.world_size * next(self._sessions)
+
+    def spare(self, yes: bool) -> None:
+        """A strategy says that the run can go on without this worker; later, with False, that it is no more."""
+        self._spared[True] += 1 if yes else -1
+        self.comm.expendable(self._spared[True] > 0)
 
     @property
     def servers(self) -> range:

@@ -5,7 +5,7 @@ So that is always known, and costs nothing where a rank works: no line is writte
 
     forward, layer 3 (conv2)          a module of the model, counted and named
     backward, layer 3 (conv2)         of the parameter whose gradient is being computed
-    reduce and update · step · save · load
+    reduce and update · push and pull · step · save · load
     train.py:12 in load_batch         the user's own code
 """
 
@@ -34,6 +34,7 @@ _PHASES = {
     ("minidp.parallel.strategy", "Strategy.backward"): "backward",
     ("minidp.parallel.strategy", "Strategy.step"): "step",
     ("minidp.parallel.data_parallel", "DataParallel._average_and_update"): "reduce and update",
+    ("minidp.parallel.links", "Links.exchange"): "push and pull",
     ("minidp.parallel.checkpoint", "save"): "save",
     ("minidp.parallel.checkpoint", "load"): "load",
 }

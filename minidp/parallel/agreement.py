@@ -9,6 +9,7 @@ from weakref import ReferenceType, WeakKeyDictionary
 from minidp.comm import CollectiveMismatch, Communicator
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
+from minidp.parallel.sync_batch_norm import SyncBatchNorm
 
 # Which strategy trains a model, as long as that strategy lives and has not released it.
 owners: WeakKeyDictionary[Module, ReferenceType[Any]] = WeakKeyDictionary()
@@ -22,6 +23,16 @@ def check_free(model: Module) -> None:
             "the model belongs to another strategy already: build one strategy a model, or call release() on the "
             "other one first"
         )
+
+
+def check_alone(model: Module, label: str) -> None:
+    """Where ranks make steps of their own, no layer may wait for all of them."""
+    for name, module in model.named_modules():
+        if isinstance(module, SyncBatchNorm):
+            raise ValueError(
+                f"{label} with a SyncBatchNorm ({name}): its forward waits for all ranks, and here each makes "
+                "steps of its own. Use nn.BatchNorm1d or 2d"
+            )
 
 
 def check_parameters(model: Module, optimizer: Optimizer) -> None:

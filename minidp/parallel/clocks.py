@@ -13,6 +13,8 @@ Workers that have left, or wait for all others in a collective of the strategy, 
 
 from __future__ import annotations
 
+import math
+
 
 class Clocks:
     """The clocks of ``workers`` workers, numbered from 0, and who of them waits.
@@ -51,13 +53,18 @@ class Clocks:
 
     def may_start(self, worker: int) -> bool:
         """Whether the rule lets ``worker`` compute its next step now."""
+        return self.clocks[worker] <= self._farthest()
+
+    def _farthest(self) -> float:
+        """The highest clock with which a worker may start its next step."""
         if self.staleness is None:
-            return True
+            return math.inf
         held = (self.clocks[other] for other in self.present if other not in self._apart)
-        return min(held, default=0) >= self.clocks[worker] - self.staleness
+        return min(held, default=math.inf) + self.staleness
 
     def let_go(self) -> list[int]:
         """Those who waited and may go on now, in order; they wait no more."""
-        free = sorted(worker for worker in self.waiting if self.may_start(worker))
+        farthest = self._farthest()
+        free = sorted(worker for worker in self.waiting if self.clocks[worker] <= farthest)
         self.waiting.difference_update(free)
         return free

@@ -125,8 +125,9 @@ class ParameterServer(Strategy):
             self._links.open([self._opening(tuple(ranks), lo, hi) for lo, hi in self._links.slices], w)
         self._present = Present(self._links, self.comm.rank, self.comm.world_size)
         self.comm.barrier()
+        self._endpoint = endpoint
         if not self.together:
-            endpoint.comm.expendable(True)
+            endpoint.spare(True)
 
     def _opening(self, ranks: tuple[int, ...], lo: int, hi: int) -> Opening:
         layout, optimizer, options = self.layout, self.optimizer, self.options
@@ -291,4 +292,6 @@ class ParameterServer(Strategy):
     def release(self) -> None:
         if not self._released:
             self._links.close()
+            if not self.together:
+                self._endpoint.spare(False)
         super().release()

@@ -165,10 +165,9 @@ class Session:
         self._answer(worker, Reply(Status.DONE, size=len(numbers)), np.array(numbers, np.int64))
 
     def leave(self, worker: int) -> None:
-        """``worker`` has returned, died, or closed its part of the session."""
+        """``worker`` has returned, died, or closed its part of the session. What it has pushed counts."""
         self.clocks.leave(worker)
         self._gathered.pop(worker, None)
-        self._round.pop(worker, None)
         self._let_go()
         self._close_gathering()
         if self.rounds:

@@ -16,7 +16,7 @@ from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
-from minidp.parallel.agreement import agree, check_free, check_parameters, describe, owners
+from minidp.parallel.agreement import agree, check_alone, check_free, check_parameters, describe, owners
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.layer_state import LayerState
 from minidp.parallel.state import StateDict, Stateful
@@ -69,6 +69,8 @@ class Strategy(Stateful):
         if np.dtype(self.layout.dtype).hasobject:
             self.check_finite = False  # Fractions can't be infinite, and NumPy can't ask them
         check_free(model)
+        if not self.together:
+            check_alone(model, self.label)
         check_parameters(model, optimizer)
         # A duplicate, so that the user's own collectives can't come between ours.
         self.comm = comm.duplicate(self.label)
