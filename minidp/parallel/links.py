@@ -37,13 +37,19 @@ def say_goodbye(endpoint: Endpoint) -> None:
 class Links:
     """The servers of a session, from one of its workers.
 
+    Workers begin with different servers: if all sent to the first one first, the others' links would be idle.
+
+    Args:
+        turn: the server that this worker begins with.
+
     Attributes:
         slices: (lo, hi) of the flat parameters, of each server.
         digest: of the layout; it goes with every push.
     """
 
-    def __init__(self, endpoint: Endpoint, session: int, layout: Layout) -> None:
+    def __init__(self, endpoint: Endpoint, session: int, layout: Layout, turn: int) -> None:
         self._comm, self._servers, self._session = endpoint.comm, list(endpoint.servers), session
+        self._turn = turn
         self._dtype = layout.dtype
         self.slices = server_slices(layout.size, layout.itemsize, len(self._servers))
         self.digest = int.from_bytes(blake2b(repr(layout.describe()).encode(), digest_size=7).digest())
@@ -127,9 +133,10 @@ class Links:
         self._ask([self._request(op)] * len(self._servers), [[]] * len(self._servers))
 
     def _ask(self, requests: Sequence[Request], contents: Sequence[Sequence[Any]]) -> None:
+        asked = list(zip(self._servers, requests, contents))
         works = [
             work
-            for server, request, arrays in zip(self._servers, requests, contents)
+            for server, request, arrays in asked[self._turn :] + asked[: self._turn]
             for work in begin(self._comm, server, REQUEST, request, *(a for a in arrays if len(a)))
         ]
         for work in works:

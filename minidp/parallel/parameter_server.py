@@ -120,16 +120,18 @@ class ParameterServer(Strategy):
         self._slabs.flip()
         number = self.comm.broadcast_object(endpoint.next_session(), 0, "ParameterServer session")
         ranks = self.comm.all_gather_int(endpoint.comm.rank, "ParameterServer ranks")
-        self._links = Links(endpoint, number, self.layout)
+        turn = self.comm.rank * len(endpoint.servers) // self.comm.world_size
+        self._links = Links(endpoint, number, self.layout, turn)
         if self.comm.rank == 0:
-            self._links.open([self._opening(tuple(ranks), lo, hi) for lo, hi in self._links.slices], w)
+            openings = [self._opening(tuple(ranks), j, *slice_) for j, slice_ in enumerate(self._links.slices)]
+            self._links.open(openings, w)
         self._present = Present(self._links, self.comm.rank, self.comm.world_size)
         self.comm.barrier()
         self._endpoint = endpoint
         if not self.together:
             endpoint.spare(True)
 
-    def _opening(self, ranks: tuple[int, ...], lo: int, hi: int) -> Opening:
+    def _opening(self, ranks: tuple[int, ...], server: int, lo: int, hi: int) -> Opening:
         layout, optimizer, options = self.layout, self.optimizer, self.options
         groups = [optimizer.group_of(segment.parameter) for segment in layout.segments]
         names = layout.names_at(lo, hi)
@@ -144,6 +146,7 @@ class ParameterServer(Strategy):
             staleness=options.staleness,
             backups=options.backup_workers,
             nominal_batch=options.nominal_batch,
+            turn=server * len(ranks) // len(self._links.slices),
             holds=f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}",
         )
 

@@ -31,6 +31,7 @@ class Opening:
         rule: how gradients are applied.
         staleness: 0, s or None; ``backups``: how many workers' gradients a step can do without.
         nominal_batch: n̄, if it was given.
+        turn: the worker that is answered first, where all are: each server begins with another.
         holds: in words, what is in the slice.
     """
 
@@ -44,6 +45,7 @@ class Opening:
     staleness: int | None
     backups: int
     nominal_batch: Any = None
+    turn: int = 0
     holds: str = ""
 
 
@@ -120,7 +122,8 @@ class Session:
         else:
             reply = Reply(Status.NOT_FINITE, element=bad[0], worker=bad[1], value=self._round[bad[1]].value)
         self._round.clear()
-        for worker in came:
+        workers, turn = len(self.opening.workers), self.opening.turn
+        for worker in sorted(came, key=lambda worker: (worker - turn) % workers):
             self._tell(worker, reply)
 
     def _count(self, staleness: int) -> None:
