@@ -145,6 +145,7 @@ class VirtualCommunicator(Communicator):
         self._check_open()
         task = self._venue.here(self._world_rank)
         task.sleep()
+        task.waited()
         self._venue.check(self._world_rank)
 
     def close(self) -> None:

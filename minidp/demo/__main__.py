@@ -13,7 +13,7 @@ from rich.console import Console
 
 import minidp
 from minidp import parallel, trace
-from minidp.demo import goal, report
+from minidp.demo import compare, goal, report
 from minidp.demo.options import parse
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, fingerprint, train
@@ -50,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.cluster is not None:
         # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
         job = replace(job, task=replace(args.task, hidden=(128,)))
-    report.introduce(console, job, args.workers, cores(), args.cluster)
     try:
+        if args.compare:
+            return compare.compare(console, args, job)
+        report.introduce(console, job, args.workers, cores(), args.cluster)
         if job.until is not None:
             return goal.reach(console, args, job)
         result, events, state = (in_processes if args.cluster is None else virtually)(args, job)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minidp.demo import strategy_options
 from minidp.demo.tasks import FITTING, MODELS, Task
 from minidp.demo.train import DEFAULT_LR, OPTIMIZERS
 from minidp.launch import cores
@@ -25,7 +26,6 @@ _CLUSTER: dict[str, Any] = {
     "jitter": 0.0,
     "topology": "switch",
     "ranks_per_node": 1,
-    "plot": None,
 }
 PICTURES = (".png", ".svg", ".pdf")
 MOST_EPOCHS = 30  # with --until
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         + ".",
     )
     add = parser.add_argument
-    add("--workers", type=int, default=cores(), help="N, the workers (default: the cores, %(default)s)")
+    add("--workers", type=int, help=f"N, the workers (default: the cores, {cores()})")
     add(
         "--model", choices=MODELS, help="an MLP, a small CNN, or a transformer that learns to write (default: mlp)"
     )
@@ -54,7 +54,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="handwritten digits or pictures of clothes for mlp and cnn, a play for the transformer (default: "
         "digits, or text)",
     )
-    add("--epochs", type=int, help="passes over the training data (default: see below)")
+    add(
+        "--epochs",
+        type=int,
+        help="passes over the training data (default: see below; with --strategy twice as many of the digits)",
+    )
     add("--global-batch-size", type=int, help="B, samples a step over all workers (default: see below)")
     add("--lr", type=float, help="learning rate η (default: see below)")
     add("--optimizer", choices=OPTIMIZERS, help="update rule (default: see below)")
@@ -99,23 +103,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="write a Chrome trace of all ranks to FILE; ui.perfetto.dev opens it",
     )
-    add("--world", choices=("process", "virtual"), default="process", help="(default: %(default)s)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw to FILE (.png, .svg, .pdf): in the virtual world the timeline of two steps; with --strategy "
+        "how loss falls with time, and staleness",
+    )
+    add("--world", choices=("process", "virtual"), help="(default: process; virtual for --strategy all)")
+    strategy_options.add_to(parser)
     add = parser.add_argument_group("the virtual cluster (--world virtual)").add_argument
     add(
         "--straggler",
         type=_straggler,
         action="append",
         metavar="NODE:FACTOR",
-        help="that node computes FACTOR times slower; may be repeated",
+        help="that node computes FACTOR times slower; may be repeated (default: none; for --strategy all the last "
+        "one, 5 times)",
     )
     add("--flops", type=float, help="a second, of each worker (default: 1e10)")
     add("--bandwidth", type=float, help="bytes a second, of a node's port (default: 1.25e9)")
     add("--latency", type=float, help="of a message, in seconds (default: 5e-6)")
-    add("--jitter", type=float, help="spread of computing times (default: 0)")
+    add("--jitter", type=float, help="spread of computing times (default: 0; with --strategy 0.1)")
     add("--topology", choices=("switch", "ring", "fat_tree"), help="how nodes are wired (default: switch)")
     add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1)")
-    add("--plot", type=Path, metavar="FILE", help="draw the timeline of two steps to FILE (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
+    strategy_options.choose(parser, args)
     _choose_task(parser, args)
     _check(parser, args)
     args.cluster = _cluster(parser, args)
@@ -141,6 +154,8 @@ def _choose_task(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.lr = usual.lr if args.optimizer == usual.optimizer else DEFAULT_LR[args.optimizer]
     if args.epochs is None:
         args.epochs = usual.epochs if args.until is None else MOST_EPOCHS
+        if args.compare and not task.large:
+            args.epochs *= 2  # so that the slowest, too, comes to where all end
     if args.global_batch_size is None:
         args.global_batch_size = usual.global_batch_size
 
@@ -196,8 +211,10 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
     if args.world != "virtual":
         if given:
             parser.error(f"--{given[0].replace('_', '-')} describes a virtual cluster: add --world virtual")
+        if args.plot is not None and not args.compare:
+            parser.error("--plot draws the timeline of a virtual cluster: add --world virtual")
         return None
-    for name, default in _CLUSTER.items():
+    for name, default in (_CLUSTER | strategy_options.cluster(args)).items():
         if name not in given:
             setattr(args, name, default)
     if args.ranks_per_node < 1:
@@ -213,8 +230,9 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
             stragglers=dict(args.straggler),
             jitter=args.jitter,
         )
-        # A fat tree has whole groups of nodes, used or not.
-        return replace(cluster, nodes=NAMES[args.topology].room_for(cluster.nodes), topology=args.topology)
+        # A straggler is a worker's node, so servers get theirs now. A fat tree has whole groups, used or not.
+        nodes = -(-(args.workers + strategy_options.servers(args)) // args.ranks_per_node)
+        return replace(cluster, nodes=NAMES[args.topology].room_for(nodes), topology=args.topology)
     except ValueError as error:
         parser.error(str(error))
 

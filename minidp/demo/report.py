@@ -125,24 +125,20 @@ def outcome(
 
 
 def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Cluster | None) -> None:
-    samples, model = job.task.describe()
     shares = " + ".join(f"n_{i}" for i in range(1, min(workers, 3) + 1)) + (" + …" if workers > 3 else "")
     question = f"do {workers} worker{'s' * (workers > 1)} equal one, and how much faster?"
     if job.until is not None:
         question = f"how long do {workers} worker{'s' * (workers > 1)} take to {100 * job.until:g}% test accuracy?"
-    momentum = ", momentum 0.9" if job.optimizer == "momentum" else ""
     rule = "w ← w − η ∇L" if job.optimizer in ("sgd", "momentum") else job.optimizer.capitalize()
     console.print(
-        f"[bold]minidp[/]: {question}\n\n"
-        f"  D     {samples}\n"
-        f"  w     {model}\n"
+        f"[bold]minidp[/]: {question}\n\n{material(job)}"
         f"  step  B = {job.global_batch_size} samples are cut into {shares} = B; worker i computes\n"
         "        ∇L_i on its own n_i samples; then, all together,\n"
-        f"        [bold]∇L = Σ n_i ∇L_i / Σ n_i[/]   and   [bold]{rule}[/]   (η = {job.lr:g}{momentum})\n",
+        f"        [bold]∇L = Σ n_i ∇L_i / Σ n_i[/]   and   [bold]{rule}[/]   ({rate(job)})\n",
         highlight=False,
     )
     if cluster is not None:
-        console.print(_describe(cluster), highlight=False)
+        console.print(describe(cluster), highlight=False)
     elif workers > cores:
         console.print(
             f"  [yellow]{workers} workers on {cores} core{'s' * (cores > 1)} take turns: same result, but do not "
@@ -151,7 +147,17 @@ def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Clu
         )
 
 
-def _describe(cluster: Cluster) -> str:
+def material(job: Job) -> str:
+    """Two lines: D and w."""
+    samples, model = job.task.describe()
+    return f"  D     {samples}\n  w     {model}\n"
+
+
+def rate(job: Job) -> str:
+    return f"η = {job.lr:g}" + (", momentum 0.9" if job.optimizer == "momentum" else "")
+
+
+def describe(cluster: Cluster) -> str:
     slow = ", ".join(f"node {node} {factor:g} times slower" for node, factor in cluster.stragglers.items())
     return (
         f"  on    a virtual cluster: {cluster.nodes} nodes of {cluster.flops / 1e9:g} GFLOP/s"
@@ -179,7 +185,7 @@ def show(console: Console, result: Outcome, task: Task) -> None:
         (predicted_by, seconds(result.predicted_step_s_one_worker), seconds(result.predicted_step_s)),
         ("speed-up, strong (same B)", "1", f"{result.speedup_strong:.2f}"),
         (f"speed-up, weak (B and D × {result.workers})", "1", f"{result.speedup_weak:.2f}"),
-        ("sent by a worker in a step", "0 B", _bytes(result.bytes_per_step)),
+        ("sent by a worker in a step", "0 B", in_bytes(result.bytes_per_step)),
         ("training loss L(w)", f"{result.loss_one_worker:.5f}", f"{result.loss:.5f}"),
         ("test accuracy", f"{result.test_accuracy_one_worker:.1%}", f"{result.test_accuracy:.1%}"),
         ("max|Δw| / max|w|", "0", f"{result.relative_difference:.1e}"),
@@ -282,7 +288,7 @@ def as_dict(result: Outcome) -> dict[str, Any]:
     return asdict(result)
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     for unit in ("B", "KB", "MB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

@@ -165,14 +165,20 @@ def evaluate(
     comm: Communicator, model: nn.Module, dataset: data.ArrayDataset, shard: tuple[int, int]
 ) -> tuple[float, float, float]:
     """(sum of losses, correct, count) of labels. Each rank evaluates its shard, unpadded; sums are all-reduced."""
-    tally = np.zeros(3)
+    found = tally(model, dataset, shard)
+    comm.all_reduce(found)
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def tally(model: nn.Module, dataset: data.ArrayDataset, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """[sum of losses, correct, count] of the labels of this shard."""
+    found = np.zeros(3)
     loader = data.DataLoader(dataset, global_batch_size=256, shard=shard)
     model.eval()
     with no_grad():
         for x, y in loader.epoch(0):
             scores: Any = model(x)
             loss = float(F.cross_entropy(scores, y))
-            tally += [loss * y.size, (scores.numpy().argmax(axis=-1) == y).sum(), y.size]
+            found += [loss * y.size, (scores.numpy().argmax(axis=-1) == y).sum(), y.size]
     model.train()
-    comm.all_reduce(tally)
-    return float(tally[0]), float(tally[1]), float(tally[2])
+    return found

@@ -176,7 +176,8 @@ def _what_is_lost(rank: int, board: Board) -> str:
     updates, _, note = board.progress_of(rank)
     if rank < board.servers_from or not note:
         return ""
-    return f"; lost with it, after {updates} updates: what it {note}, and their optimizer's state"
+    held = note.removeprefix("holds ")
+    return f"; lost with it, after {updates} updates: {held}, and the optimizer's state of them"
 
 
 def failure_of(rank: int, who: str, what: str, trace: str, cause: BaseException | None) -> RankFailed:
