@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minidp import data, parallel
+from minidp import data
 from minidp.comm import Communicator, ReduceOp
 from minidp.demo.strategies import WAYS, Knobs
 from minidp.demo.train import OPTIMIZERS, Job, evaluate, tally
@@ -74,7 +74,6 @@ def train_for(comm: Communicator, trial: Trial) -> Part:
     )
     end = _End(comm, trial, len(loader))
     album: list[tuple[float, dict[str, np.ndarray]]] = []
-    late: Counter[int] = Counter()
     samples, seconds = 0, 0.0
     if comm.rank == 0:
         album.append((0.0, model.state_dict()))
@@ -85,15 +84,11 @@ def train_for(comm: Communicator, trial: Trial) -> Part:
         strategy.step()
         samples += len(x)
         seconds = comm.now() - start
-        if isinstance(strategy, parallel.Hogwild) and len(x):
-            late[_staleness_of_step(strategy, late)] += 1
         if comm.rank == 0 and end.part(strategy.updates, seconds) * trial.points >= len(album):
             album.append((seconds, model.state_dict()))
         if end.reached(strategy.updates, seconds):
             break
     metrics = strategy.metrics
-    if isinstance(strategy, parallel.ParameterServer):
-        late.update(strategy.staleness_counts)
     model = job.task.build()
     model.load_state_dict(strategy.state_dict())  # of all workers that have arrived: here nobody is waited for
     loss, _, seen = evaluate(comm, model, train_set, strategy.shard)
@@ -106,7 +101,7 @@ def train_for(comm: Communicator, trial: Trial) -> Part:
         bytes_sent=metrics["bytes_sent"],
         loss=loss / seen,
         accuracy=correct / tested,
-        staleness=late,
+        staleness=Counter(strategy.staleness_counts),
         lost=metrics.get("lost_updates", 0) / max(1, metrics.get("updates_written", 1)),
         points=[_look(trial, moment, state, train_set, test_set) for moment, state in album],
     )
@@ -142,12 +137,6 @@ class _End:
         left = steps * (self._seconds / float(latest[0]) - 1)  # steps, at the pace until now
         self._ask_at = steps + max(1, int(left / 2))
         return left <= 0
-
-
-def _staleness_of_step(strategy: parallel.Hogwild, before: Counter[int]) -> int:
-    """Hogwild tells the mean of all steps with samples; the last one is what this adds to those before."""
-    steps = before.total() + 1
-    return round(strategy.metrics["staleness_mean"] * steps) - sum(late * times for late, times in before.items())
 
 
 def _look(

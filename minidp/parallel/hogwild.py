@@ -99,7 +99,6 @@ class Hogwild(Strategy):
         ends = [(s.offset, s.offset + s.size) for s in self.layout.segments]
         # Elements of each block, without the padding between parameters.
         self._sizes = [sum(max(0, min(b.hi, hi) - max(b.lo, lo)) for lo, hi in ends) for b in self._blocks]
-        self._steps = self._staleness = self._most_stale = 0  # of this rank since construction
         self._begun = self._received = 0
         self._own_samples = 0  # since all ranks had the same buffers
         self._broadcast_rest()
@@ -145,9 +144,7 @@ class Hogwild(Strategy):
             )
         self._shared.tally[self.comm.rank, STEPS] += 1
         self._own_samples += samples
-        self._steps += 1
-        self._staleness += staleness
-        self._most_stale = max(self._most_stale, staleness)
+        self._staleness[staleness] += 1
         self._count_traffic(written)
 
     def _check_finite(self) -> None:
@@ -213,9 +210,8 @@ class Hogwild(Strategy):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """See ``Strategy.metrics``; and of this rank's gradients since construction ``staleness_mean`` and
-        ``staleness_max``: steps that others wrote between the w that a gradient is of and the w that it changed (a
-        forward outside of ``forward_backward`` counts from the end of the step before).
+        """See ``Strategy.metrics``; staleness counts steps that others wrote between the w that a gradient is of
+        and the w that it changed (a forward outside of ``forward_backward``: from the end of the step before).
 
         Of all ranks since construction: ``updates_written``, writes of an element; ``lost_updates``, those of them
         that another rank overwrote without having read them (with ``count_lost``). See ``SharedWeights``: final
@@ -224,8 +220,6 @@ class Hogwild(Strategy):
         lost = {"lost_updates": self._shared.lost()} if self.count_lost else {}
         return {
             **super().metrics,
-            "staleness_mean": self._staleness / max(1, self._steps),
-            "staleness_max": float(self._most_stale),
             "updates_written": self._shared.written(),
             **lost,
         }

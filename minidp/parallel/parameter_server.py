@@ -12,7 +12,6 @@ None lets nobody wait. What a server does: `serve.py`, `session.py`, `served.py`
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -110,7 +109,6 @@ class ParameterServer(Strategy):
         self.together = options.together
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
         self._loss = 0.0
-        self._staleness: Counter[int] = Counter()
         self._slabs = Slabs(self.layout, (), None)
         self._broadcast_rest()
         w = self._slabs.params[0]
@@ -186,7 +184,7 @@ class ParameterServer(Strategy):
         self._read(replies, samples)
 
     def _read(self, replies: list[Reply], samples: int) -> None:
-        """Raise what a server has refused; count what has travelled, and how late it was."""
+        """Raise what a server has refused; count what has travelled, and how late it was, on each server."""
         for reply in replies:
             if reply.status == Status.NOT_FINITE:
                 raise self._trouble(reply.element, reply.worker, reply.value)
@@ -279,18 +277,6 @@ class ParameterServer(Strategy):
             ServerInfo(pid, lo, hi, version, applied, late, tuple(pulled))
             for (lo, hi), (pid, version, applied, late, *pulled) in zip(self._links.slices, self._links.info())
         ]
-
-    @property
-    def staleness_counts(self) -> dict[int, int]:
-        """How many of this worker's gradients were τ updates late, on all servers together: {τ: count}."""
-        return dict(sorted(self._staleness.items()))
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """See `Strategy.metrics`; staleness is that of this worker's gradients, on all servers."""
-        total = sum(self._staleness.values())
-        mean = sum(late * count for late, count in self._staleness.items()) / max(1, total)
-        return super().metrics | {"staleness_mean": mean, "staleness_max": float(max(self._staleness, default=0))}
 
     def release(self) -> None:
         if not self._released:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import ref
@@ -80,6 +81,7 @@ class Strategy(Stateful):
         owners[model] = ref(self)
         self.updates = 0
         self._exchanged = Traffic(parent=self.comm.traffic)
+        self._staleness: Counter[int] = Counter()
         self._leaves = leaves  # micro-shards that this rank's batch is cut into
         self._most_backwards = accumulation_steps * leaves  # that make a full step
         self._backwards = self._samples = 0
@@ -195,14 +197,21 @@ class Strategy(Stateful):
     @property
     def metrics(self) -> dict[str, float]:
         """Counts: steps, with those of a checkpoint; bytes of gradients and parameters that this rank has sent and
-        received since construction (``comm.traffic`` has all); staleness, 0 in a synchronous strategy."""
+        received since construction (``comm.traffic`` has all); mean and maximum of ``staleness_counts``."""
+        late = self._staleness
         return {
             "steps": self.updates,
             "bytes_sent": self._exchanged.bytes_sent,
             "bytes_received": self._exchanged.bytes_received,
-            "staleness_mean": 0.0,
-            "staleness_max": 0.0,
+            "staleness_mean": sum(tau * count for tau, count in late.items()) / max(1, late.total()),
+            "staleness_max": float(max(late, default=0)),
         }
+
+    @property
+    def staleness_counts(self) -> dict[int, int]:
+        """{τ: count}: how many of this rank's gradients since construction met a w that had been updated τ times
+        since they were computed from it. Empty where no gradient can be late."""
+        return dict(sorted(self._staleness.items()))
 
     # -- for subclasses --------------------------------------------------------------------------------
 
