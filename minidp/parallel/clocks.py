@@ -28,18 +28,21 @@ class Clocks:
         self.clocks = [0] * workers
         self.waiting: set[int] = set()
         """Workers that have pushed and were not let go."""
-        self._apart: set[int] = set()  # parked for a collective: until their next push nobody waits for them
+        self._apart: set[int] = set()  # parked for a collective: nobody waits for them
         self._left: set[int] = set()
 
     def push(self, worker: int) -> None:
         """``worker`` has pushed a step, and waits to be let go."""
         self.clocks[worker] += 1
-        self._apart.discard(worker)
         self.waiting.add(worker)
 
     def park(self, worker: int) -> None:
         """``worker`` waits for the others in a collective."""
         self._apart.add(worker)
+
+    def come_back(self) -> None:
+        """The collective is over."""
+        self._apart.clear()
 
     def leave(self, worker: int) -> None:
         """``worker`` has returned or died."""

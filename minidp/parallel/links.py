@@ -74,21 +74,22 @@ class Links:
         self._ask(requests, contents)
         return self._answers(w)
 
-    def pull(self, w: Flat) -> None:
-        """Receive the servers' parameters into ``w``."""
-        self._ask_all(Op.PULL)
-        self._answers(w)
+    def gather(self, value: Any, w: Flat | None = None) -> list[tuple[int, Any]]:
+        """(worker, its value) of all workers that live and have not returned. Collective among these.
 
-    def gather(self, value: Any) -> list[tuple[int, Any]]:
-        """(worker, its value) of all workers that live and have not returned. Collective among these."""
+        With ``w`` the servers' parameters are received there: the same on all.
+        """
         data = np.frombuffer(pickle.dumps(value), np.uint8)
-        first, *others = self._servers
-        works = [work for server in others for work in begin(self._comm, server, REQUEST, self._request(Op.PARK))]
-        works += begin(self._comm, first, REQUEST, self._request(Op.GATHER, size=len(data)), data)
-        for work in works:
-            work.wait()
-        reply = self._mail.reply(first)
-        everybody = pickle.loads(self._mail.contents(first, reply.size).tobytes())
+        contents = [[data], *[[] for _ in self._servers[1:]]]  # the first server hands it on, all wait
+        with_w = int(w is not None)
+        self._ask([self._request(Op.GATHER, with_w, sum(map(len, each))) for each in contents], contents)
+        everybody: list[tuple[int, bytes]] = []
+        for server, (lo, hi) in zip(self._servers, self.slices):
+            size = self._mail.reply(server).size
+            if size:
+                everybody = pickle.loads(self._mail.contents(server, size).tobytes())
+            if w is not None and hi > lo:
+                self._mail.content(server, w[lo:hi])
         return [(worker, pickle.loads(theirs)) for worker, theirs in everybody]
 
     def put(self, w: Flat, state: Mapping[str, Flat] | None, updates: int | None) -> None:

@@ -228,11 +228,11 @@ class ParameterServer(Strategy):
     def consolidate(self) -> None:
         """Give this worker the servers' w, and all workers the same buffers. Collective, as ``state_dict`` is."""
         buffers = dict(self.model.named_buffers())
-        present = self._present.all_gather_object({} if self.together else buffers)
+        w = self._slabs.params[0]
+        present = self._present.all_gather_object({} if self.together else buffers, w=w)
         for name, buffer in () if self.together else buffers.items():
             all_of_them = np.stack([theirs[name] for theirs in present])
             buffer[...] = all_of_them.max(axis=0) if buffer.dtype.kind in "biu" else all_of_them.mean(axis=0)
-        self._links.pull(self._slabs.params[0])
 
     def optimizer_state(self) -> Mapping[str, StateDict]:
         flats = self._links.state(self.optimizer.slots)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from minidp.comm import RankLost
 from minidp.parallel.links import Links
+from minidp.parallel.slabs import Flat
 
 
 class Group(Protocol):
@@ -30,8 +31,9 @@ class Present:
         self._links, self._worker = links, worker
         self.rank, self.world_size = worker, workers
 
-    def all_gather_object(self, obj: Any, what: str = "") -> list[Any]:
-        everybody = self._links.gather(obj)
+    def all_gather_object(self, obj: Any, what: str = "", w: Flat | None = None) -> list[Any]:
+        """As that of a communicator; the servers' parameters come into ``w``, if it is given: the same on all."""
+        everybody = self._links.gather(obj, w)
         self.rank = [worker for worker, _ in everybody].index(self._worker)
         self.world_size = len(everybody)
         return [value for _, value in everybody]

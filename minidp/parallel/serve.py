@@ -93,9 +93,10 @@ class _Server:
         op, size, mail = request.op, request.size, self._mail
         if op == Op.OPEN:
             opening = self._revise(pickle.loads(mail.contents(rank, size).tobytes()))
-            return opening, mail.contents(rank, opening.hi - opening.lo, opening.dtype)
+            w = np.empty(opening.hi - opening.lo, opening.dtype)
+            return opening, mail.content(rank, w) if len(w) else w
         if op == Op.GATHER:
-            return mail.contents(rank, size).tobytes()
+            return mail.contents(rank, size).tobytes() if size else b""
         session = self._sessions.get(request.session)
         if session is None or not size:
             return None
@@ -131,12 +132,8 @@ class _Server:
                 self._comm.progress(session.slice.version)
             else:
                 self._answer(rank, Reply(Status.FOREIGN))
-        elif op == Op.PULL:
-            session.pull(worker)
-        elif op == Op.PARK:
-            session.park(worker)
         elif op == Op.GATHER:
-            session.gather(worker, content)
+            session.gather(worker, content, request.samples > 0)
         elif op == Op.PUT:
             w, *slots = content or [session.slice.w]
             state = dict(zip(session.slice.state, slots)) if slots else None

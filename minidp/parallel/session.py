@@ -70,6 +70,7 @@ class Session:
         self._round: dict[int, Request] = {}
         self._pending: dict[int, Reply] = {}  # what waiting workers will be told
         self._gathered: dict[int, bytes] = {}
+        self._with_w = False
         self._first: dict[int, int] = {}  # each worker's first batch
 
     def inbox(self, worker: int) -> Flat:
@@ -140,18 +141,12 @@ class Session:
             return int(mean)
         return mean if self.opening.dtype.hasobject else float(mean)
 
-    def pull(self, worker: int) -> None:
-        self._tell(worker, Reply(Status.DONE, size=1))
-
-    def park(self, worker: int) -> None:
-        """``worker`` waits for all others: it holds nobody back."""
+    def gather(self, worker: int, data: bytes, with_w: bool) -> None:
+        """``worker`` waits for all others, and holds nobody back meanwhile. It brings something."""
+        self._gathered[worker] = data
+        self._with_w = with_w
         self.clocks.park(worker)
         self._let_go()
-
-    def gather(self, worker: int, data: bytes) -> None:
-        """``worker`` waits for all others, and brings something."""
-        self._gathered[worker] = data
-        self.park(worker)
         self._close_gathering()
 
     def put(self, worker: int, w: Flat, state: dict[str, Flat] | None, updates: int | None) -> None:
@@ -192,9 +187,13 @@ class Session:
             self._tell(worker, self._pending.pop(worker))
 
     def _close_gathering(self) -> None:
-        if self._gathered and self._gathered.keys() >= set(self.clocks.present):
-            data = np.frombuffer(pickle.dumps(sorted(self._gathered.items())), np.uint8)
-            workers = list(self._gathered)
-            self._gathered.clear()
-            for worker in workers:
-                self._answer(worker, Reply(Status.DONE, self.slice.version, size=len(data)), data)
+        """Answer when all are there: with the same w to all, for nobody pushes before he is answered."""
+        if not self._gathered or not self._gathered.keys() >= set(self.clocks.present):
+            return
+        everybody = sorted(self._gathered.items())
+        data = pickle.dumps(everybody) if any(self._gathered.values()) else b""
+        self._gathered.clear()
+        self.clocks.come_back()
+        for worker, _ in everybody:
+            arrays = [np.frombuffer(data, np.uint8), *([self.slice.give(worker)] if self._with_w else [])]
+            self._answer(worker, Reply(Status.DONE, self.slice.version, size=len(data)), *arrays)

@@ -28,14 +28,12 @@ class Op(IntEnum):
     GOODBYE = 0  # its function has returned
     OPEN = 1  # a session; content: its description, then w
     PUSH = 2  # content: n_i ∇L_i of the server's slice; the answer is w, when the rule allows the next step
-    PULL = 3  # w, now
-    PARK = 4  # it waits for all others; no answer
-    GATHER = 5  # it waits for all others; content: bytes; the answer is everybody's
-    PUT = 6  # content: w, then ``samples`` slots of the optimizer's state; ``element``: updates made, or −1
-    STATE = 7  # the optimizer's state
-    INFO = 8  # numbers about the server
-    CLOSE = 9  # it is not part of the session any more; no answer
-    LOST = 10  # never sent: in a log, that the worker has died
+    GATHER = 3  # it waits for all others; content: bytes; the answer is everybody's, and w if ``samples`` is not 0
+    PUT = 4  # content: w, then ``samples`` slots of the optimizer's state; ``element``: updates made, or −1
+    STATE = 5  # the optimizer's state
+    INFO = 6  # numbers about the server
+    CLOSE = 7  # it is not part of the session any more; no answer
+    LOST = 8  # never sent: in a log, that the worker has died
 
 
 class Status(IntEnum):
