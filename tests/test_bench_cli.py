@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minidp.bench import allreduce, cli, jobs, leftovers, machine, roster, scaling, step, virtual
+from minidp.bench import allreduce, cli, jobs, leftovers, machine, pace, ps, roster, scaling, step, virtual
 from minidp.bench.contest import Rounds, contest
 from minidp.bench.roster import Entrant
 from minidp.bench.screen import Screen
@@ -25,7 +25,7 @@ needs_torch = pytest.mark.skipif(roster.DDP.missing() is not None, reason="needs
 def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if only minidp's own dependencies were installed."""
     installed = machine.version_of
-    absent = {"torch", "mpi4py", "mpich"}
+    absent = {"torch", "mpi4py", "mpich", "ray"}
     monkeypatch.setattr(machine, "version_of", lambda package: None if package in absent else installed(package))
 
 
@@ -42,7 +42,7 @@ def check_schema(report: dict[str, Any], bench: str, pairs: int) -> None:
     assert {"date", "cpu", "cores", "python", "versions", "load_average_1min", "blas_threads"} <= set(
         report["machine"]
     )
-    assert set(report["machine"]["versions"]) == {"minidp", "numpy", "torch", "mpi4py", "mpich"}
+    assert set(report["machine"]["versions"]) == {"minidp", "numpy", "torch", "mpi4py", "mpich", "ray"}
     assert report["others_cores"] is None or report["others_cores"] >= 0
     for line in report["lines"]:
         assert line["job"]
@@ -103,6 +103,37 @@ def test_startup(tmp_path: Path) -> None:
         "first",
         "second",
     ]
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_ps_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_bench(tmp_path / "out.json", "ps", "--quick")
+    lines = report["lines"]
+    law = [line for line in lines if "predicted" in line]
+    report["lines"] = [line for line in lines if line not in law]
+    check_schema(report, "ps", 1)
+    straggler, jitter = pace.ROOMS
+    found = [(line["job"], line["who"], *map(line.get("comparison", {}).get, ("what", "bar"))) for line in lines]
+    assert found == [
+        *((jobs.Exchange(ps.TINY_BYTES).name, f"minidp s={s}", "µs", "≤ 150") for s in (0, None)),
+        *((jobs.Exchange(ps.MB * 4).name, f"minidp s={s}", "µs", "≤ 4000") for s in (0, None)),
+        (straggler, "synchronous", None, None),
+        (straggler, "SSP s=2", "/ synchronous", "≥ 1"),
+        (straggler, "SSP s=2, head start", "found / law", "0.99–1.01"),
+        (straggler, "SSP s=2, long run", "found / law", "0.99–1.01"),
+        (straggler, "asynchronous", "/ synchronous", "≥ 3"),
+        (jitter, "synchronous", None, None),
+        (jitter, "SSP s=2", "/ synchronous", "≥ 1"),
+        (jitter, "asynchronous", "/ synchronous", "≥ 1"),
+    ]
+    for line in lines[:4]:
+        assert (
+            line["comparison"]["median"] == pytest.approx(line["us"]) == pytest.approx(1e6 * line["samples_s"][0])
+        )
+    assert all(line["comparison"]["met"] for line in lines[4:] if "comparison" in line), "virtual: no noise"
+    assert (law[0]["predicted"], law[0]["found"]) == (6, 6)
+    assert report["missing"] == ["Ray actor is missing: ray is not installed here; python -m pip install ray"]
+    assert report["missing"][0] in " ".join(capsys.readouterr().out.split())
 
 
 def test_micro_shards(tmp_path: Path) -> None:
@@ -246,7 +277,7 @@ def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert "ours, peer, ours, peer" in text
-        assert "pip install torch==2.13.0 mpi4py mpich" in text
+        assert "pip install torch==2.13.0 mpi4py mpich ray" in text
     assert "--pairs N" in text
     assert "--json FILE" in text
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from minidp.bench import allreduce, cli, contest, jobs, machine, measure, predict, scaling, virtual
+from minidp.bench import allreduce, cli, contest, jobs, machine, measure, pace, predict, ps, scaling, virtual
 from minidp.bench.contest import Rounds
 from minidp.bench.measure import Bar, Figure, compare, ratio
 from minidp.bench.report import Line, Report
@@ -90,6 +90,9 @@ def test_the_bars_are_those_of_the_project() -> None:
         "38 kB a message": 150,
     }
     assert str(predict.BAND) == "0.85–1.15"
+    assert {nbytes: str(bar) for nbytes, bar in ps.BARS_US.items()} == {38440: "≤ 150", 2**22: "≤ 4000"}
+    assert ps.BARS_US.keys() <= set(ps.SIZES)
+    assert str(pace.ASYNCHRONOUS) == "≥ 3"
     assert measure.PROPER_PAIRS == 9
     assert Rounds(9, 0.1).proper
     assert not Rounds(8, 0.1).proper
@@ -144,7 +147,9 @@ def test_jobs_are_the_same_for_everybody() -> None:
     (x, y), (other, _) = jobs.TINY.batch_of(0), jobs.TINY.batch_of(1)
     assert (x.shape, x.dtype, y.shape, y.dtype) == ((32, 64), np.float32, (32,), np.int64)
     assert not np.array_equal(x, other)
-    assert [jobs.human_bytes(n) for n in (4, 4096, 2**19, 2**27)] == ["4 B", "4 KB", "512 KB", "128 MB"]
+    assert [jobs.human_bytes(n) for n in (4, 4096, 38440, 2**19, 2**27)] == [
+        *("4 B", "4 KB", "37.54 KB", "512 KB", "128 MB")
+    ]
 
 
 @pytest.mark.parametrize("figures", [{"a": 1.0, "b": 1.1}, {"a": 1.0, "b": math.nan}])

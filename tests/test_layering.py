@@ -45,7 +45,7 @@ THIRD_PARTY = {
     "demo": {"rich"},
     "plan": {"matplotlib", "rich"},
     "replay": {"rich"},
-    "bench": {"rich", "threadpoolctl", "torch", "mpi4py"},
+    "bench": {"rich", "threadpoolctl", "torch", "mpi4py", "ray"},
 }
 LONGEST = 320
 

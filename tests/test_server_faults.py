@@ -120,10 +120,7 @@ def test_with_backup_workers_it_goes_on(tmp_path: Path) -> None:
     results = run_killed(3, 0, (2,), tmp_path, backup_workers=1)
     assert results[2] is None
     assert all(steps == STEPS for _, steps in results[:2])
-
-
-def test_more_deaths_than_backup_workers(tmp_path: Path) -> None:
-    with pytest.raises(minidp.RankFailed):
+    with pytest.raises(minidp.RankFailed):  # more deaths than backups
         run_killed(3, 0, (1, 2), tmp_path, backup_workers=1)
 
 
@@ -191,25 +188,39 @@ def test_a_stopped_worker_holds_nobody_up_in_asynchronous_training() -> None:
     assert served(stopped, 2, 2, world="process", timeout_s=20) == [(50, True), 2]
 
 
-def asks(comm: Any) -> Any:
-    model, s = build(comm, SIZE, None)
-    seen = set()
-    for _ in range(15):
-        model.step(s)
-        for i in s.servers():
-            ages = sum(i.version - pulled for pulled in i.pulled)
-            seen.add(i.staleness_sum + ages - (comm.world_size - 1) * i.version)
-            assert i.applied == i.version
+def hears(comm: Any) -> Any:
+    """Rank 1 sends to rank 0 after rank 2 has died. Rank 0 is so slow that it sees both in the same nap."""
+    comm.expendable(True)
     comm.barrier()
-    late = sum(late * times for late, times in s.staleness_counts.items())
-    return seen, late, sum(i.staleness_sum for i in s.servers()), [i.version for i in s.servers()]
+    if comm.rank == 2:
+        time.sleep(0.2)  # rank 0 is in its nap then
+        os.kill(os.getpid(), signal.SIGKILL)
+    box, watch = comm._mailbox, comm._mailbox.rendezvous.watch
+    if comm.rank == 1:
+        assert until(lambda: watch.board.losses() > 0)
+        comm.send(np.full(3, 7.0), 0)
+        return comm.recv(np.empty(3), 0)
+    x, heard, pump = np.zeros(3), [], watch.pump
+
+    def late() -> None:
+        watch.pump = pump
+        assert until(lambda: watch.board.losses() and box._something())
+        pump()
+
+    watch.pump = late
+    while 1 not in heard:
+        try:
+            heard.append(comm.recv(x, minidp.comm.ANY))
+        except minidp.comm.RankLost as lost:
+            heard.append(lost.rank)
+    comm.send(x, 1)
+    return heard
 
 
-def test_staleness_is_conserved_in_processes() -> None:
-    results = served(asks, 2, 2, world="process")
-    assert sum(late for _, late, _, _ in results) == results[0][2]
-    for seen, _, _, versions in results:
-        assert (seen, versions) == ({0}, [30, 30]), "Σ τ + Σ ages = (N − 1) T"
+@pytest.mark.xfail(strict=True, reason="what comes in the nap in which a death is noticed is taken, and dropped")
+def test_a_message_that_comes_with_the_news_of_a_death_is_not_lost() -> None:
+    heard, *_ = minidp.spawn(hears, 3, timeout_s=10, progress=False, blas_threads=1)
+    assert sorted(heard) == [1, 2] or heard == [1]
 
 
 # -- not a number --------------------------------------------------------------------------------------------
@@ -266,8 +277,8 @@ def refused(comm: Any, staleness: Any, options: dict[str, Any], differ: bool) ->
     model = counter(20)
     if differ and comm.rank == 1:
         staleness = 3
-    opt = optim.SGD(model.parameters(), lr=1)
-    return told(partial(parallel.ParameterServer, model, opt, comm, staleness=staleness, **options))
+    rule = optim.SGD(model.parameters(), lr=1)
+    return told(partial(parallel.ParameterServer, model, rule, comm, staleness=staleness, **options))
 
 
 @pytest.mark.parametrize(

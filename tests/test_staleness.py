@@ -100,11 +100,14 @@ def asks(comm: Any, steps: int) -> tuple[list[tuple[int, int, int]], dict[int, i
     return seen, s.staleness_counts, [i.staleness_sum for i in s.servers()]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, 4, "processes"])
 @pytest.mark.parametrize("room", [{}, {"stragglers": {0: 3.0}, "jitter": 0.6}], ids=["equal", "unequal"])
-def test_staleness_is_conserved(workers: int, room: dict[str, Any]) -> None:
-    cluster = sim.Cluster(nodes=workers + 2, flops=1e9, op_overhead_s=1e-3, **room)
-    results = served(asks, workers, 2, 12, cluster=cluster)
+def test_staleness_is_conserved(workers: Any, room: dict[str, Any]) -> None:
+    if workers == "processes":
+        workers, options = 2, {"world": "process"}
+    else:
+        options = {"cluster": sim.Cluster(nodes=workers + 2, flops=1e9, op_overhead_s=1e-3, **room)}
+    results = served(asks, workers, 2, 12, **options)
     for seen, _, sums in results:
         assert {late + ages - (workers - 1) * updates for updates, late, ages in seen} == {0}, "(N − 1) · T"
         assert sums == results[0][2]

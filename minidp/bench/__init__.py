@@ -1,9 +1,10 @@
-"""``python -m minidp.bench``: how fast it is, next to PyTorch and MPI on the same machine in the same minute.
+"""``python -m minidp.bench``: how fast it is, next to PyTorch, MPI and Ray on the same machine in the same minute.
 
     allreduce     our all-reduce, MPICH's, gloo's          4 KB … 128 MB, 2 ranks
     step          one training step, ours and PyTorch's    one process, one thread
     scaling       2 workers against 1; DDP, PyTorch + MPI  2 processes
     micro-shards  the same bits for any N, and its price   one process, one thread
+    ps            a parameter server, ours and Ray's       1 worker, 1 server; virtual: 4 workers
     whereabouts   what always knowing ranks' places costs  one process, one thread
     faults        who is told, how soon, and what is left  3 processes, again and again
     startup       import, and until a spawned function runs

@@ -16,6 +16,8 @@ from minidp.bench import (
     fault_report,
     faults,
     micro_shards,
+    pace,
+    ps,
     scaling,
     startup,
     step,
@@ -33,14 +35,14 @@ QUICK = Rounds(pairs=1, burst_s=0.03)
 WIDTH = 120  # of tables, where nobody's terminal sets it
 
 DESCRIPTION = """\
-How fast minidp is, next to PyTorch and MPI on this machine.
+How fast minidp is, next to PyTorch, MPI and Ray on this machine.
 
 All contestants are started first and wait, blocked. Then each in turn runs a burst of the same work:
 ours, peer, ours, peer, … What is printed are medians over such rounds, ratios within a round, and beside
 them the bars that the project has set itself. One BLAS thread in each process."""
 
 EPILOG = """\
-Peers are optional: python -m pip install torch==2.13.0 mpi4py mpich
+Peers are optional: python -m pip install torch==2.13.0 mpi4py mpich ray
 Leave the machine alone meanwhile: two busy processes need two idle cores."""
 
 BENCHES = {
@@ -49,6 +51,7 @@ BENCHES = {
     "scaling": "2 workers against 1; PyTorch DDP, PyTorch + MPICH (2 minutes)",
     "startup": "import minidp over import numpy; a spawn until its function runs (20 s)",
     "micro-shards": "what the same bits for any N cost, next to one whole batch (1 minute)",
+    "ps": "the parameter server: its exchange, ours and a Ray actor's; what waiting costs (2 minutes)",
     "faults": "what goes wrong on purpose: who is told, how soon, what is left (1 minute for 200)",
     "whereabouts": "what it costs that every rank's place is always known (20 s)",
     "virtual": "the virtual world: messages/s, 1000 ranks train, 10 000 are timed, steps predicted (2 minutes)",
@@ -90,6 +93,8 @@ def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report 
     if options.bench == "allreduce":
         sizes = options.sizes or (allreduce.QUICK_SIZES if options.quick else allreduce.SIZES)
         return allreduce.run(rounds, screen, sizes)
+    if options.bench == "ps":
+        return ps.run(rounds, screen, *((ps.QUICK_SIZES, pace.QUICK) if options.quick else (ps.SIZES, pace.FULL)))
     if options.bench == "virtual":
         return virtual.run(rounds, screen, virtual.QUICK if options.quick else virtual.FULL)
     rooms = {

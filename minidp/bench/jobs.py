@@ -28,6 +28,20 @@ class AllReduce:
         return human_bytes(self.nbytes)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """Push a gradient of ``nbytes`` bytes of float32 to a parameter server, which moves w by SGD, and pull w."""
+
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return f"push + pull, {human_bytes(self.nbytes)}"
+
+    def gradient(self) -> Array:
+        return np.random.default_rng(0).random(self.nbytes // 4, dtype=np.float32) - np.float32(0.5)
+
+
 class Training(ABC):
     """A step of SGD on a model: forward, cross-entropy, backward, update; float32. ``batch`` samples a worker."""
 
@@ -139,7 +153,7 @@ class Transformer(Training):
         return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
 
 
-Job = AllReduce | Training
+Job = AllReduce | Exchange | Training
 
 LARGE, SMALL, TINY = (
     MLP((784, 512, 512, 10), 128),
@@ -156,5 +170,5 @@ def human_bytes(nbytes: int) -> str:
     """``4 KB``, ``16 MB``: powers of 1024."""
     for unit, size in (("MB", 2**20), ("KB", 2**10)):
         if nbytes >= size:
-            return f"{nbytes / size:g} {unit}"
+            return f"{nbytes / size:.4g} {unit}"
     return f"{nbytes} B"

@@ -13,7 +13,7 @@ from typing import Any
 
 from minidp.launch import blas
 
-VERSIONS = ("minidp", "numpy", "torch", "mpi4py", "mpich")
+VERSIONS = ("minidp", "numpy", "torch", "mpi4py", "mpich", "ray")
 
 
 def version_of(package: str) -> str | None:

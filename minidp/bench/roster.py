@@ -67,6 +67,8 @@ _MPI = "python -m pip install mpi4py mpich"
 
 OURS_1 = Entrant("minidp ×1", "ours", "ours_1", "ours", 1, launch="one")
 OURS_2 = Entrant("minidp ×2", "ours", "ours", "ours", 2, launch="one")
+PS_SYNC = Entrant("minidp s=0", "ours", "ours_sync", "ps", 1, launch="one")
+PS_ASYNC = Entrant("minidp s=None", "ours", "ours", "ps_async", 1, launch="one")
 SLAB = Entrant("minidp slab", "slab", "slab", "slab", 2, launch="one")
 EAGER = Entrant("PyTorch eager", "eager", "torch", "eager", 1, ("torch",), _TORCH)
 CHANNELS_LAST = Entrant("channels_last", "channels_last", "channels_last", "channels_last", 1, ("torch",), _TORCH)
@@ -83,3 +85,4 @@ TORCH_MPICH = Entrant(
     f"{_TORCH} mpi4py mpich",
     "mpiexec",
 )
+RAY = Entrant("Ray actor", "Ray", "ray", "ray", 1, ("ray",), "python -m pip install ray", "one")

@@ -99,7 +99,7 @@ class Team:
             rank = Connection(accepted.detach())
             self._ranks.append(rank)  # from now on close() closes it
             hello: Hello = self._receive([rank])[0]
-            self._pids.append(hello.pid)
+            self._pids += [hello.pid, *hello.helpers]
             arrived[hello.rank] = rank
             if hello.threads != 1:
                 raise self._failed(f"computes with {hello.threads} threads in rank {hello.rank}, not with one")
@@ -123,7 +123,7 @@ class Team:
 
     @property
     def pids(self) -> set[int]:
-        """Of all ranks, and of what launched them."""
+        """Of all ranks, what works for them, and what launched them."""
         return {*self._pids, *(process.pid for process in self._processes)}
 
     def close(self) -> None:
@@ -141,6 +141,7 @@ class Team:
                     self._ended(LEAVE_S)
                 for segment in segments:
                     segment.unlink(missing_ok=True)
+            self._end_helpers()
             self._log.close()
             self._address.unlink(missing_ok=True)
 
@@ -182,6 +183,14 @@ class Team:
             if process.poll() is None:
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, number)
+
+    def _end_helpers(self) -> None:
+        """End what a rank that was killed has left: some of Ray's processes do not notice that."""
+        groups = {process.pid for process in self._processes}
+        for pid in self._pids:
+            with contextlib.suppress(OSError):
+                if os.getpgid(pid) in groups:
+                    os.kill(pid, signal.SIGKILL)
 
     def _failed(self, what: str) -> PeerFailed:
         self._ended(0.5)  # its last words may be on their way

@@ -127,7 +127,7 @@ class Ranks:
         self._program, self._length = program, length
 
     def burst(self, repeats: int, warm_up: int = 0) -> float:
-        spans = _spawned(_bursts, RANKS, self._program, self._length, repeats, warm_up)
+        spans = spawned(_bursts, RANKS, self._program, self._length, repeats, warm_up)
         return _last_end(spans)
 
 
@@ -209,7 +209,7 @@ def training(rounds: Rounds, screen: Screen, size: Size) -> list[Line]:
     steps, whole, pure = [], [], []
     for _ in range(rounds.pairs):
         start = time.perf_counter()
-        spans = _spawned(_train, size.ranks)
+        spans = spawned(_train, size.ranks)
         whole.append(time.perf_counter() - start)
         steps.append(_last_end(spans))
         screen.tick()
@@ -257,10 +257,10 @@ def _line(job: str, who: str, seconds: list[float]) -> Line:
     return Line(job, who, {"ms": median(seconds) * 1e3}, seconds)
 
 
-def _spawned(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+def spawned(function: Callable[..., Any], ranks: int, *arguments: Any, **options: Any) -> list[Any]:
     """``minidp.spawn`` in the virtual world; nothing of it is left in memory."""
     try:
-        return minidp.spawn(function, ranks, *arguments, world="virtual")
+        return minidp.spawn(function, ranks, *arguments, world="virtual", **options)
     except RankFailed as failed:
         if isinstance(failed.__cause__, SystemExit):  # SIGTERM ends whoever runs just then: that may be a rank
             raise failed.__cause__ from None

@@ -149,6 +149,7 @@ class Mailbox:
             queue_in = self._in.get(src) or self._queue_from(src)
             while queue_in is not None and not queue_in.empty():
                 self._accept(src, queue_in)
+                self._bells[src].ring()  # the rest of a long message may be waiting there for a slot
                 moved = True
         return moved
 

@@ -9,7 +9,9 @@ from contextlib import suppress
 from multiprocessing.connection import Client
 from typing import Any, NamedTuple, NoReturn
 
-from minidp.bench.jobs import AllReduce, Job, Training
+import numpy as np
+
+from minidp.bench.jobs import AllReduce, Array, Exchange, Job, Training
 
 
 class Hello(NamedTuple):
@@ -18,6 +20,7 @@ class Hello(NamedTuple):
     rank: int
     pid: int
     threads: int  # that its linear algebra uses
+    helpers: tuple[int, ...] = ()  # pids of processes that work for it
 
 
 class Burst(NamedTuple):
@@ -37,6 +40,10 @@ class Contestant:
         """Threads that a matrix product may use in this process."""
         raise NotImplementedError
 
+    def helpers(self) -> tuple[int, ...]:
+        """The pids of other processes that work for this rank: what they take is not a neighbour's."""
+        return ()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 
@@ -48,12 +55,19 @@ class Contestant:
         """The step to time; it returns this rank's loss, before the update."""
         raise NotImplementedError
 
+    def exchange(self, job: Exchange) -> Callable[[], Array]:
+        """The call to time; it returns w, which has begun as zeros and may have room for alignment at its end."""
+        raise NotImplementedError
+
     def prepare(self, job: Job) -> tuple[Callable[[], object], float]:
         """The call to time, and a figure by which the bench sees that all contestants do the same work."""
         if isinstance(job, Training):
             step = self.training(job)
             losses = [float(step()) for _ in range(4)]
             return step, losses[-1]
+        if isinstance(job, Exchange):
+            exchange = self.exchange(job)
+            return exchange, float(np.linalg.norm(exchange()))
         reduce, fill, array = self.all_reduce(job)
         fill(self.rank + 1)
         reduce()
@@ -65,7 +79,7 @@ class Contestant:
 def serve(contestant: Contestant, socket: str) -> None:
     """Take jobs and bursts from ``socket`` until the bench closes it. Blocks between bursts, never spins."""
     with suppress(FileNotFoundError, EOFError, ConnectionError), Client(socket, "AF_UNIX") as connection:
-        connection.send(Hello(contestant.rank, os.getpid(), contestant.threads()))
+        connection.send(Hello(contestant.rank, os.getpid(), contestant.threads(), contestant.helpers()))
         call: Callable[[], object] = lambda: None  # noqa: E731
         while True:
             command = connection.recv()
