@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def live(endpoint: Endpoint, function: bytes, record: Path | None) -> Any:
     comm = endpoint.worker_group()
     if comm is None:
         index = endpoint.comm.rank - endpoint.workers
-        serve(endpoint, observers=[] if record is None else [Recorder(record, index)])
+        if record is None:
+            serve(endpoint)
+        else:
+            with closing(Recorder(record, index)) as recorder:
+                serve(endpoint, observers=[recorder])
         return None
     fn, args = pickle.loads(function)
     try:

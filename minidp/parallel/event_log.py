@@ -99,12 +99,15 @@ def create(path: Path, function: bytes, search: list[str], **facts: Any) -> None
 
 
 class Recorder:
-    """Writes what a server does; an `Observer` of `serve`. A system call an event, a few microseconds."""
+    """Writes what a server does; an `Observer` of `serve`, to be closed. A system call an event."""
 
     def __init__(self, path: Path, server: int) -> None:
         # Each line is one write at the end of the file: those of several servers do not mix.
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._server = server
+
+    def close(self) -> None:
+        os.close(self._file)
 
     def handles(self, worker: int, request: Request, session: Session | None) -> None:
         numbers: tuple[Any, ...] = (0, 0, 0, 0.0)
@@ -113,10 +116,8 @@ class Recorder:
             numbers = session.slice.version, session.slice.pulled[index], request.samples, request.loss
         self._write(Op(request.op).name.lower(), request.session, worker, *numbers)
 
-    def ends(self, sessions: dict[int, Session]) -> None:
-        for number, session in sessions.items():
-            self._write("end", number, session.slice.version, digest(session.slice))
-        os.close(self._file)
+    def ended(self, number: int, session: Session) -> None:
+        self._write("end", number, session.slice.version, digest(session.slice))
 
     def _write(self, *words: Any) -> None:
         os.write(self._file, _sealed(" ".join(map(str, (self._server, *words)))).encode())

@@ -23,10 +23,13 @@ class Arrivals(Protocol):
 
 
 class Observer(Protocol):
-    """Is told of all that a server does, before it does it."""
+    """Is told of all that a server does."""
 
-    def handles(self, worker: int, request: Request, session: Session | None) -> None: ...
-    def ends(self, sessions: dict[int, Session]) -> None: ...
+    def handles(self, worker: int, request: Request, session: Session | None) -> None:
+        """What has come, before it is done."""
+
+    def ended(self, number: int, session: Session) -> None:
+        """No worker is left in a session, or it ends with the run."""
 
 
 class AsTheyCome:
@@ -44,17 +47,17 @@ def serve(
     arrivals: Arrivals | None = None,
     observers: Iterable[Observer] = (),
     revise: Callable[[Opening], Opening] | None = None,
-) -> dict[int, Session]:
+) -> None:
     """Serve all ``ParameterServer`` strategies of a run's workers until these have returned or died.
 
-    What ``spawn(..., servers=M)`` runs on each server. Returns what there has been, by the sessions' numbers.
+    What ``spawn(..., servers=M)`` runs on each server. A strategy that all its workers have released is forgotten.
 
     Args:
         arrivals: the order in which requests are handled; default: as they come.
         observers: are told of each.
         revise: changes what strategies ask for, such as their rule.
     """
-    return _Server(endpoint, arrivals or AsTheyCome(), list(observers), revise or (lambda asked: asked)).run()
+    _Server(endpoint, arrivals or AsTheyCome(), list(observers), revise or (lambda asked: asked)).run()
 
 
 class _Server:
@@ -71,7 +74,7 @@ class _Server:
         self._workers = set(range(endpoint.workers))
         self._sessions: dict[int, Session] = {}
 
-    def run(self) -> dict[int, Session]:
+    def run(self) -> None:
         while self._workers:
             arrival = self._arrivals.next(self._mail)
             if arrival is None:
@@ -84,9 +87,13 @@ class _Server:
             for observer in self._observers:
                 observer.handles(worker, request, self._sessions.get(request.session))
             self._handle(worker, request, content)
+        for number in list(self._sessions):
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        session = self._sessions.pop(number)
         for observer in self._observers:
-            observer.ends(self._sessions)
-        return self._sessions
+            observer.ended(number, session)
 
     def _content(self, rank: int, request: Request) -> Any:
         """What comes after the header; a gradient goes straight to its session's inbox."""
@@ -144,6 +151,8 @@ class _Server:
             session.info(worker)
         elif op == Op.CLOSE:
             session.leave(worker)
+            if not session.clocks.present:
+                self._end(request.session)
 
     def _open(self, rank: int, request: Request, opening: Opening, w: Flat) -> None:
         def answer(worker: int, reply: Reply, *arrays: Any) -> None:

@@ -82,9 +82,7 @@ def rerun(log: RunLog, revise: Callable[[Rule], Rule] | None = None, until: floa
         if comm is None:
             server = endpoint.comm.rank - endpoint.workers
             watcher = _Watcher(server, outcome, until)
-            sessions = serve(endpoint, _AsInLog(log.events[server]), [watcher], opened)
-            for number, session in sessions.items():
-                outcome.ends[server, number] = session.slice.version, digest(session.slice)
+            serve(endpoint, _AsInLog(log.events[server]), [watcher], opened)
             outcome.finished.add(server)
             return None
         try:
@@ -190,8 +188,8 @@ class _Watcher:
             self._outcome.found = met
             raise _Found
 
-    def ends(self, sessions: dict[int, Session]) -> None:
-        """Nothing to close."""
+    def ended(self, number: int, session: Session) -> None:
+        self._outcome.ends[self._server, number] = session.slice.version, digest(session.slice)
 
 
 class _Found(CommError):
