@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minidp import autograd, comm, data, launch, nn, optim, parallel, sim, trace
     from minidp.autograd import Tensor, no_grad, tensor
-    from minidp.comm import CollectiveMismatch, CollectiveTimeout, CommError, Communicator, RankFailed, ReduceOp
+    from minidp.comm import (
+        CollectiveMismatch,
+        CollectiveTimeout,
+        CommError,
+        Communicator,
+        RankFailed,
+        RankLost,
+        ReduceOp,
+    )
     from minidp.launch.spawn import spawn
 
 __version__ = "0.1.0"
@@ -25,6 +33,7 @@ _HOME = {
     "CommError": "minidp.comm",
     "Communicator": "minidp.comm",
     "RankFailed": "minidp.comm",
+    "RankLost": "minidp.comm",
     "ReduceOp": "minidp.comm",
     "spawn": "minidp.launch",
 }
@@ -36,6 +45,7 @@ __all__ = [
     "CommError",
     "Communicator",
     "RankFailed",
+    "RankLost",
     "ReduceOp",
     "Tensor",
     "autograd",

@@ -210,7 +210,7 @@ class Schedule:
             self.session.gather(worker, b"%d" % worker, False)
         else:
             self.does[worker] = "left"
-            self.session.leave(worker)
+            self.session.leave(worker, died=False)
         over = not {"runs", "waits"} & set(self.does)
         if over:
             self.apart.clear()

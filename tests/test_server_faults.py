@@ -162,7 +162,9 @@ def test_a_worker_that_raises_ends_the_run(staleness: int | None, world: str) ->
 def test_a_worker_that_returns(world: str) -> None:
     for staleness in (1, None):
         assert served(ends_early, 2, 2, staleness, "returns", world=world, timeout_s=20) == [STEPS + 2, 2]
-    with pytest.raises(minidp.CollectiveMismatch, match=r"rank 1 has returned; rank 0 waits in step #3"):
+    with pytest.raises(
+        minidp.CollectiveMismatch, match=r"rank 1 has returned, or released its strategy; rank 0 waits in step #3"
+    ):
         served(ends_early, 2, 2, 0, "returns", world=world, timeout_s=20)
 
 
@@ -217,7 +219,6 @@ def hears(comm: Any) -> Any:
     return heard
 
 
-@pytest.mark.xfail(strict=True, reason="what comes in the nap in which a death is noticed is taken, and dropped")
 def test_a_message_that_comes_with_the_news_of_a_death_is_not_lost() -> None:
     heard, *_ = minidp.spawn(hears, 3, timeout_s=10, progress=False, blas_threads=1)
     assert sorted(heard) == [1, 2] or heard == [1]
@@ -297,7 +298,7 @@ def refused(comm: Any, staleness: Any, options: dict[str, Any], differ: bool) ->
         (None, {"delay_compensation": -1}, "ValueError: delay_compensation=-1: give λ"),
         (None, {"delay_compensation": True}, "ValueError: delay_compensation=True: give λ"),
         (None, {"delay_compensation": "x"}, "ValueError: delay_compensation='x': give λ"),
-        (0, {"nominal_batch": 4}, "ValueError: nominal_batch=4: give a positive number, and staleness other than"),
+        (0, {"nominal_batch": 4}, "ValueError: nominal_batch=4 is for staleness other than 0"),
         (None, {"nominal_batch": 0}, "ValueError: nominal_batch=0: give a positive number"),
         (1, {"accumulation_steps": 0}, "ValueError: accumulation_steps=0"),
     ],

@@ -225,9 +225,9 @@ def test_late_gradients_are_dropped_and_never_applied() -> None:
         assert w.tobytes() == desk.w.tobytes() == before.tobytes()
         assert desk.w.reshape(3, 3)[t].tolist() == [0.5 if worker in order[:2] else 0 for worker in range(3)]
     desk.push(1, unit(9, 0))
-    desk.session.leave(0)
-    desk.session.leave(2)
-    assert desk.take(1)[0].status == Status.LEFT, "too many have left"
+    desk.session.leave(0, died=True)
+    desk.session.leave(2, died=True)
+    assert desk.take(1)[0].status == Status.DIED, "too many have died"
 
 
 @pytest.mark.parametrize(("workers", "b"), [(4, 0), (5, 1), (6, 3)])

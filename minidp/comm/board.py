@@ -117,9 +117,9 @@ class Board:
         record = self._records[rank]
         record[_SERIAL] = 0
         record[_PLACE_LEN] = self._write(_HEAD + _RECORD * rank + _PLACE, reason, _TEXT)
+        self._head[_LOSSES] += 1  # first: who sees the state without it would think that nobody has died
         publish_fence()
         record[_STATE] = LOST
-        self._head[_LOSSES] += 1
 
     def losses(self) -> int:
         """How many ranks have been lost."""

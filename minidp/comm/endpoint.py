@@ -24,16 +24,24 @@ class Endpoint:
     comm: Communicator
     workers: int
     _sessions: Iterator[int] = field(default_factory=count, repr=False)
-    _spared: Counter[bool] = field(default_factory=Counter, repr=False)
+    _strategies: Counter[bool] = field(default_factory=Counter, repr=False)
 
     def next_session(self) -> int:
         """A number that no other call, here or at another end, gives."""
         return self.comm.rank + self.comm.world_size * next(self._sessions)
 
-    def spare(self, yes: bool) -> None:
-        """A strategy says that the run can go on without this worker; later, with False, that it is no more."""
-        self._spared[True] += 1 if yes else -1
-        self.comm.expendable(self._spared[True] > 0)
+    def join(self, spares: bool) -> None:
+        """A strategy begins, which can go on without this worker, or can't."""
+        self._strategies[spares] += 1
+        self._say()
+
+    def part(self, spares: bool) -> None:
+        """A strategy that has joined is no more."""
+        self._strategies[spares] -= 1
+        self._say()
+
+    def _say(self) -> None:
+        self.comm.expendable(self._strategies[True] > 0 and not self._strategies[False])
 
     @property
     def servers(self) -> range:

@@ -177,7 +177,9 @@ class Mailbox:
             if tries >= _TRIES:
                 word, value = self._awaited(work)
                 since = since or time.monotonic()
-                arrived, news = (self._something, self._unmourned) if word is None else (None, None)
+                # Whoever pumps, the vigil too, may have taken in what is waited for: then it is there.
+                arrived = (lambda: work.done or self._something()) if word is None else None
+                news = self._unmourned if word is None else None
                 watch = self.rendezvous.watch
                 vigil = watch.vigil(
                     word, value, work.place, since=since, arrived=arrived, news=news, bell=self._bell

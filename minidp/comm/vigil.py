@@ -168,7 +168,8 @@ class Vigil:
         """Raise if the rank that this one waits for has left its function."""
         me, owner = self.watch.rank, self.wait.owner
         peers = [rank for rank in range(board.world_size) if rank != me] if owner == NOBODY else [owner]
-        if all(board.state(peer) in GONE for peer in peers) and not self._arrived():
+        gone = all(board.state(peer) in GONE for peer in peers) and not self._arrived()
+        if gone and not (board.losses() and self._lost(board) is not None):  # that is said otherwise
             settled = time.monotonic() + SETTLE_S
             while time.monotonic() < settled and board.verdict() is None and not board.all_wait_or_returned():
                 time.sleep(SLEEP_S)  # so that those who are about to wait as well are named too

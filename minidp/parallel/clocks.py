@@ -54,10 +54,6 @@ class Clocks:
         """Workers that have not left."""
         return [worker for worker in range(len(self.clocks)) if worker not in self._left]
 
-    def may_start(self, worker: int) -> bool:
-        """Whether the rule lets ``worker`` compute its next step now."""
-        return self.clocks[worker] <= self._farthest()
-
     def _farthest(self) -> float:
         """The highest clock with which a worker may start its next step."""
         if self.staleness is None:

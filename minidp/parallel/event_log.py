@@ -3,12 +3,12 @@
 What an asynchronous run computes depends on nothing but its program and the order in which each server handles
 its workers' requests. The log holds both: the function that the workers ran, and a line for each event. Lines are
 written as they happen, whole, so a run that is killed leaves a log that ends early and is good up to there. Each
-line ends with its checksum.
+line ends with its checksum, and has its number among its server's.
 
     minidp run log, format 1
     {"workers": 4, "servers": 2, …, "function": …}                                    *5d0c13f6
-    server op session worker version pulled samples loss                              *0f37b1aa
-    server end session version sha256 of the slice                                    *…
+    server line op session worker version pulled samples loss                         *0f37b1aa
+    server line end session version sha256 of the slice                               *…
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Recorder:
     def __init__(self, path: Path, server: int) -> None:
         # Each line is one write at the end of the file: those of several servers do not mix.
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._server = server
+        self._server, self._lines = server, 0
 
     def close(self) -> None:
         os.close(self._file)
@@ -120,7 +120,8 @@ class Recorder:
         self._write("end", number, session.slice.version, digest(session.slice))
 
     def _write(self, *words: Any) -> None:
-        os.write(self._file, _sealed(" ".join(map(str, (self._server, *words)))).encode())
+        os.write(self._file, _sealed(" ".join(map(str, (self._server, self._lines, *words)))).encode())
+        self._lines += 1
 
 
 def digest(served: ServedSlice) -> str:
@@ -148,12 +149,20 @@ def read(path: Path) -> RunLog:
     try:
         facts = json.loads(_opened(lines[0]))
         function = zlib.decompress(base64.b85decode(facts.pop("function")))
+        if (
+            facts["workers"] < 1
+            or facts["servers"] < 1
+            or not facts["world"]
+            or not facts["surroundings"]["minidp"]
+        ):
+            raise ValueError("no workers, servers or world")
         log = RunLog(facts, function, [[] for _ in range(int(facts["servers"]))], whole=not rest)
+        counts = [0] * log.servers
     except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise DamagedLog(f"{path}, line 2: the description of the run is damaged ({error})") from error
     for number, line in enumerate(lines[1:], 3):
         try:
-            _add(log, _opened(line).split())
+            _add(log, counts, _opened(line).split())
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DamagedLog(
                 f"{path}, line {number} is damaged: {line[:80].decode(errors='replace')!r}"
@@ -161,12 +170,15 @@ def read(path: Path) -> RunLog:
     return log
 
 
-def _add(log: RunLog, words: list[str]) -> None:
-    server, op = int(words[0]), words[1]
+def _add(log: RunLog, counts: list[int], words: list[str]) -> None:
+    server, line, op = int(words[0]), int(words[1]), words[2]
+    if server < 0 or line != counts[server]:
+        raise ValueError("a line is missing, or comes twice")
+    counts[server] += 1
     if op == "end":
-        log.ends[server, int(words[2])] = int(words[3]), words[4]
+        log.ends[server, int(words[3])] = int(words[4]), words[5]
     else:
-        *numbers, loss = words[2:]
+        *numbers, loss = words[3:]
         session, worker, version, pulled, samples = map(int, numbers)
         event = Event(server, Op[op.upper()], session, worker, version, pulled, samples, float(loss))
         log.events[server].append(event)

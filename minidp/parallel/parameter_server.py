@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
-from minidp.comm import CollectiveMismatch, Communicator
+from minidp.comm import CollectiveMismatch, Communicator, RankLost
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel.buckets import runs
@@ -74,7 +75,7 @@ class ParameterServer(Strategy):
 
     Cost of a step, n bytes of parameters: n sent and n received a worker, 2nN/M through each server, in one round
     trip. Memory of a server: its slice of w and of the state, and N slices more: of gradients with staleness 0,
-    otherwise of what each worker was given.
+    otherwise of what each worker was given; and up to N of gradients that have come while another one is handled.
 
     Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", OSDI 2014; for SSP
     Ho et al., NIPS 2013; for backup workers Chen et al., "Revisiting Distributed Synchronous SGD", 2016.
@@ -126,8 +127,7 @@ class ParameterServer(Strategy):
         self._present = Present(self._links, self.comm.rank, self.comm.world_size)
         self.comm.barrier()
         self._endpoint = endpoint
-        if not self.together:
-            endpoint.spare(True)
+        endpoint.join(not self.together)
 
     def _opening(self, ranks: tuple[int, ...], server: int, lo: int, hi: int) -> Opening:
         layout, optimizer, options = self.layout, self.optimizer, self.options
@@ -145,7 +145,9 @@ class ParameterServer(Strategy):
             backups=options.backup_workers,
             nominal_batch=options.nominal_batch,
             turn=server * len(ranks) // len(self._links.slices),
-            holds=f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}",
+            holds=shorten(
+                f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}", 120, placeholder=" …"
+            ),
         )
 
     def _options(self) -> tuple[Any, ...]:
@@ -188,10 +190,17 @@ class ParameterServer(Strategy):
         for reply in replies:
             if reply.status == Status.NOT_FINITE:
                 raise self._trouble(reply.element, reply.worker, reply.value)
+            if reply.status == Status.DIED:
+                raise RankLost(
+                    f"rank {reply.worker} has died, and so have others: with backup_workers="
+                    f"{self.options.backup_workers} step #{self.updates + 1} can't do without as many",
+                    reply.worker,
+                )
             if reply.status == Status.LEFT:
                 raise CollectiveMismatch(
-                    f"rank {reply.worker} has returned; rank {self.comm.rank} waits in step #{self.updates + 1}, "
-                    "which with staleness=0 is one of all ranks: all must make the same number of steps"
+                    f"rank {reply.worker} has returned, or released its strategy; rank {self.comm.rank} waits in "
+                    f"step #{self.updates + 1}, which with staleness=0 is one of all ranks: all must make the "
+                    "same number of steps"
                 )
             if reply.status == Status.FOREIGN:
                 raise CollectiveMismatch(
@@ -281,6 +290,5 @@ class ParameterServer(Strategy):
     def release(self) -> None:
         if not self._released:
             self._links.close()
-            if not self.together:
-                self._endpoint.spare(False)
+            self._endpoint.part(not self.together)
         super().release()

@@ -43,7 +43,7 @@ class Present:
 
     def broadcast_object(self, obj: Any, src: int = 0, what: str = "") -> Any:
         """As that of a communicator; ``src`` counts those who came to the last gathering."""
-        before = self.world_size
+        before = len(self.all_gather_object(None))  # some may have left long ago
         everybody = self.all_gather_object(obj if self.rank == src else None, what)
         if len(everybody) != before:
             raise RankLost(f"a worker has left in the middle of {what or 'broadcast_object'}: call it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable
+from textwrap import shorten
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,7 +127,7 @@ class _Server:
             self._workers.discard(rank)
             for session in self._sessions.values():
                 if rank in session.opening.workers:
-                    session.leave(session.opening.workers.index(rank))
+                    session.leave(session.opening.workers.index(rank), op == Op.LOST)
             return
         if op == Op.OPEN:
             self._open(rank, request, *content)
@@ -150,7 +151,7 @@ class _Server:
         elif op == Op.INFO:
             session.info(worker)
         elif op == Op.CLOSE:
-            session.leave(worker)
+            session.leave(worker, False)
             if not session.clocks.present:
                 self._end(request.session)
 
@@ -160,7 +161,8 @@ class _Server:
 
         session = self._sessions[request.session] = Session(opening, answer)
         session.slice.put(w, None, None)
-        self._comm.progress(0, note=f"holds {opening.holds}")
+        held = "; ".join(each.opening.holds for each in self._sessions.values())
+        self._comm.progress(0, note=shorten(f"holds {held}", 180, placeholder=" …"))
         self._answer(rank, Reply(Status.DONE))
 
     def _answer(self, rank: int, reply: Reply, *arrays: Any) -> None:

@@ -111,7 +111,7 @@ class ServedSlice:
             if scale == 1:
                 g = divided(g, total, self._work[:length], w.dtype)
             if correction is not None and worker is not None:
-                g = correction(g, w, self.given[worker][place], self.lo + place.start)
+                g = _same_shape(correction(g, w, self.given[worker][place], self.lo + place.start), w)
             hyper = hypers[group]
             optimizer.update(
                 w,
@@ -141,3 +141,11 @@ class ServedSlice:
             self.version = updates
         for worker in range(len(self.pulled)):
             self.give(worker)
+
+
+def _same_shape(g: Flat, w: Flat) -> Flat:
+    """What a correction has made, which may be the user's."""
+    if getattr(g, "shape", None) != w.shape:
+        found = f"shape {g.shape}" if hasattr(g, "shape") else type(g).__name__
+        raise ValueError(f"delay_compensation returned {found} for a gradient of shape {w.shape}: return as many")
+    return g

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,14 @@ class ServerOptions:
                 "staleness_aware and delay_compensation treat late gradients, and with staleness=0 none is late: "
                 "give staleness=None or a bound of 1 or more"
             )
-        if nominal_batch is not None and (staleness == 0 or not nominal_batch > 0):
+        if not isinstance(staleness_aware, bool):
+            raise TypeError(f"staleness_aware={staleness_aware!r}: give True or False")
+        if nominal_batch is not None and not _is_positive(nominal_batch):
+            raise ValueError(f"nominal_batch={nominal_batch!r}: give a positive number of samples")
+        if nominal_batch is not None and staleness == 0:
             raise ValueError(
-                f"nominal_batch={nominal_batch}: give a positive number, and staleness other than 0, which "
-                "divides by Σ n_i"
+                f"nominal_batch={nominal_batch} is for staleness other than 0, which divides by Σ n_i: leave it "
+                "out"
             )
         b = backup_workers
         if not isinstance(b, int) or isinstance(b, bool) or not 0 <= b < workers:
@@ -63,6 +68,10 @@ class ServerOptions:
     def together(self) -> bool:
         """Whether a step is one of all workers."""
         return self.staleness == 0 and not self.backup_workers
+
+
+def _is_positive(value: Any) -> bool:
+    return value is not True and isinstance(value, Real) and 0 < float(value) < float("inf")
 
 
 def _checked_bound(staleness: Any) -> int | None:

@@ -60,7 +60,7 @@ class Session:
         self.opening, self._answer = opening, answer
         workers = len(opening.workers)
         self.rounds = opening.staleness == 0
-        self._needed = workers - opening.backups
+        self._died: set[int] = set()
         keeps = not self.rounds or opening.backups > 0
         self.slice = ServedSlice(opening.lo, opening.hi, opening.runs, opening.dtype, opening.rule, workers, keeps)
         self.clocks = Clocks(workers, opening.staleness)
@@ -104,12 +104,18 @@ class Session:
 
     def _close_round(self) -> None:
         """One update a round, when all needed are there: w ← rule(w, Σ n_i ∇L_i / Σ n_i), in order of rank."""
-        gone = [worker for worker in range(len(self.opening.workers)) if worker not in self.clocks.present]
-        if len(gone) > self.opening.backups:
-            for worker in self._round:
-                self._answer(worker, Reply(Status.LEFT, worker=gone[0]))
-            self._round.clear()
-        if len(self._round) < self._needed:
+        backups, present, everybody = self.opening.backups, self.clocks.present, len(self.opening.workers)
+        if len(self._died) > backups:
+            self._refuse(Reply(Status.DIED, worker=min(self._died)))
+        elif not backups and len(present) < everybody:
+            self._refuse(Reply(Status.LEFT, worker=min(set(range(everybody)) - set(present))))
+        needed = everybody
+        if backups:
+            # Late workers are as many steps behind as they were late. When the others have made all of theirs, and
+            # wait for all or have returned, the late ones make up a round by themselves.
+            coming = {worker for worker in present if worker not in self._gathered} | self._round.keys()
+            needed = min(everybody - backups, len(coming))
+        if not self._round or len(self._round) < needed:
             return
         came, total = sorted(self._round), sum(request.samples for request in self._round.values())
         bad = min(((self._round[w].element, w) for w in came if self._round[w].element >= 0), default=None)
@@ -123,8 +129,8 @@ class Session:
         else:
             reply = Reply(Status.NOT_FINITE, element=bad[0], worker=bad[1], value=self._round[bad[1]].value)
         self._round.clear()
-        workers, turn = len(self.opening.workers), self.opening.turn
-        for worker in sorted(came, key=lambda worker: (worker - turn) % workers):
+        turn = self.opening.turn
+        for worker in sorted(came, key=lambda worker: (worker - turn) % everybody):
             self._tell(worker, reply)
 
     def _count(self, staleness: int) -> None:
@@ -146,30 +152,42 @@ class Session:
         self._gathered[worker] = data
         self._with_w = with_w
         self.clocks.park(worker)
-        self._let_go()
-        self._close_gathering()
+        self._somebody_else()
 
     def put(self, worker: int, w: Flat, state: dict[str, Flat] | None, updates: int | None) -> None:
         self.slice.put(w, state, updates)
         self._answer(worker, Reply(Status.DONE))
 
     def state(self, worker: int) -> None:
-        size = len(self.slice.w) * len(self.slice.state)
-        self._answer(worker, Reply(Status.DONE, self.slice.version, size=size), *self.slice.state.values())
+        slots = [array.copy() for array in self.slice.state.values()]  # others may push while these are read
+        size = len(self.slice.w) * len(slots)
+        self._answer(worker, Reply(Status.DONE, self.slice.version, size=size), *slots)
 
     def info(self, worker: int) -> None:
         """pid, updates, gradients applied, Σ τ of them; then of each worker the version that it has."""
         numbers = [os.getpid(), self.slice.version, self.applied, self.staleness_sum, *self.slice.pulled]
         self._answer(worker, Reply(Status.DONE, size=len(numbers)), np.array(numbers, np.int64))
 
-    def leave(self, worker: int) -> None:
-        """``worker`` has returned, died, or closed its part of the session. What it has pushed counts."""
+    def leave(self, worker: int, died: bool) -> None:
+        """``worker`` has died, or has returned or closed its part of the session. What it has pushed counts."""
         self.clocks.leave(worker)
         self._gathered.pop(worker, None)
+        if died:
+            self._died.add(worker)
+        self._somebody_else()
+
+    def _somebody_else(self) -> None:
+        """Others may go on, now that one is not waited for any more."""
         self._let_go()
-        self._close_gathering()
         if self.rounds:
             self._close_round()
+        self._close_gathering()
+
+    def _refuse(self, reply: Reply) -> None:
+        """There will be no round."""
+        for worker in self._round:
+            self._answer(worker, reply)
+        self._round.clear()
 
     # -- answers -----------------------------------------------------------------------------------------
 

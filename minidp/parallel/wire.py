@@ -44,6 +44,7 @@ class Status(IntEnum):
     NOT_FINITE = 2  # nothing was changed; element, worker and value tell where
     LEFT = 3  # a worker that is needed has left; ``worker`` tells which
     FOREIGN = 4  # the session is of another model
+    DIED = 5  # more workers have died than the session can do without; ``worker`` is one
 
 
 class Request(NamedTuple):

@@ -15,7 +15,7 @@ from minidp.comm import RankFailed
 from minidp.comm.errors import in_words
 from minidp.parallel.event_log import DamagedLog, RunLog, read
 from minidp.parallel.wire import Op
-from minidp.replay.rerun import DepartedFromLog, Met, Rerun, rerun, revised
+from minidp.replay.rerun import DepartedFromLog, Met, NothingLate, Rerun, rerun, revised
 
 TENTHS = 10
 BEFORE = 5  # gradients shown before the one that is found
@@ -46,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         revise = None if args.what_if is None else revised(args.what_if)
     except ValueError as error:
         parser.error(f"--what-if {error}")
+    if args.until_loss_exceeds is not None and math.isnan(args.until_loss_exceeds):
+        parser.error("--until-loss-exceeds nan: give a number")
     try:
         log = read(args.log)
         _introduce(console, args.log, log)
         outcome = rerun(log, revise, args.until_loss_exceeds)
-    except (OSError, DamagedLog, DepartedFromLog) as error:
+    except (OSError, DamagedLog, DepartedFromLog, NothingLate) as error:
         console.print(f"[red]{error}", soft_wrap=True, highlight=False)
         return 1
     except RankFailed as failed:

@@ -58,6 +58,10 @@ class Rerun:
     finished: set[int] = field(default_factory=set)
 
 
+class NothingLate(CommError):
+    """A rule for late gradients was asked for, where none is."""
+
+
 class DepartedFromLog(CommError):
     """The program did something else than it had done when it was recorded."""
 
@@ -75,7 +79,12 @@ def rerun(log: RunLog, revise: Callable[[Rule], Rule] | None = None, until: floa
     outcome = Rerun()
 
     def opened(opening: Opening) -> Opening:
-        return opening if revise is None else replace(opening, rule=revise(opening.rule))
+        if revise is None:
+            return opening
+        rule = revise(opening.rule)
+        if opening.staleness == 0 and (rule.staleness_aware or rule.correction is not None):
+            raise NothingLate("this run was synchronous, so that no gradient was late: lr=η is the rule to try")
+        return replace(opening, rule=rule)
 
     def life(endpoint: Endpoint) -> Any:
         comm = endpoint.worker_group()
@@ -101,7 +110,7 @@ def rerun(log: RunLog, revise: Callable[[Rule], Rule] | None = None, until: floa
             run(log.function, log.workers, None, _PATIENCE_S, log.servers, life)
         except RankFailed as failed:
             departed = failed.__cause__
-            if isinstance(departed, DepartedFromLog):
+            if isinstance(departed, DepartedFromLog | NothingLate):
                 raise departed from None
             # Where the run did not end well, workers are left waiting when the servers have come to the end; and
             # servers are, where a worker has raised what it did not raise then.
@@ -184,7 +193,7 @@ class _Watcher:
         norm = float(np.linalg.norm(gradient.astype(float))) / max(1, request.samples)
         met = Met(event, self._number, norm)
         self._outcome.pushes.append(met)
-        if self._until is not None and not request.loss <= self._until:
+        if self._until is not None and request.samples and not request.loss <= self._until:
             self._outcome.found = met
             raise _Found
 
