@@ -18,6 +18,10 @@ from minidp.parallel.session import Opening, Session
 from minidp.parallel.wire import Op, Reply, Request, Status
 
 
+def decayed(update: int) -> float:
+    return 0.1 / (1 + update)
+
+
 def served(function: Any, workers: int, servers: int, *args: Any, world: str = "virtual", **options: Any) -> Any:
     """What each worker returned; one BLAS thread each, no progress."""
     options = {"progress": False, "blas_threads": 1, **options}

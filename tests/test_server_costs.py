@@ -10,7 +10,7 @@ import pytest
 import minidp
 from minidp import nn, optim, parallel, sim
 
-ALPHA, BANDWIDTH, HEADER = 1e-5, 1e9, 64
+ALPHA, BANDWIDTH, HEADER = 1e-5, 1e9, 80
 ELEMENTS = 12 * 16 * 100  # of float32; lines that 2, 3, 4 and 6 servers share evenly
 NBYTES = 4 * ELEMENTS
 STEPS = 3

@@ -80,6 +80,56 @@ def test_the_usual_loop_with_backup_workers(world: str, ends: str) -> None:
     assert sorted({-x for x in w}) == sorted(set(map(float, versions)))
 
 
+@pytest.mark.parametrize("ends", ["state_dict", "return"])
+@pytest.mark.parametrize(("workers", "backups"), [(3, 1), (3, 2), (5, 2)])
+def test_servers_agree_about_who_is_late(workers: int, backups: int, ends: str) -> None:
+    """However the messages of workers arrive, in whatever order at each server: w is of the same rounds on all."""
+    for seed in range(8):
+        room = sim.Cluster(nodes=workers + 3, flops=1e6, jitter=1.0, seed=seed, latency_s=1e-5)
+        results = run(unsteady, workers, backups, ends, world="virtual", servers=3, cluster=room)
+        for w, versions, steps in results:
+            assert steps == STEPS
+            if ends == "state_dict":
+                assert len(set(versions)) == 1
+                assert set(w) == {-float(versions[0])}
+
+
+def unsteady(comm: Any, backups: int, ends: str) -> Any:
+    model, strategy = build(comm, backup_workers=backups)
+    step(model, strategy, STEPS)
+    if ends == "return":
+        return [], [], strategy.updates
+    w = strategy.state_dict()["w"].tolist()
+    return w, [server.version for server in strategy.servers()], strategy.updates
+
+
+def dies_between(comm: Any, backups: int) -> Any:
+    """Rank 0 dies when the first server has counted its gradient in, and the others have not got it."""
+    model, strategy = build(comm, backup_workers=backups)
+    step(model, strategy, 2)
+    if comm.rank == 0:
+        exchange = strategy._links._exchange
+
+        def deadly(request: Any, gradient: Any, w: Any, which: slice) -> Any:
+            if which.start == 1 and request.members:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return exchange(request, gradient, w, which)
+
+        strategy._links._exchange = deadly  # type: ignore[method-assign]
+    else:
+        time.sleep(0.1)  # so that rank 0 is in time
+    step(model, strategy, STEPS)
+    strategy.state_dict()
+    return [server.version for server in strategy.servers()]
+
+
+@pytest.mark.parametrize(("workers", "backups"), [(2, 1), (3, 1), (3, 2)])
+def test_a_member_that_dies_before_it_has_pushed_everywhere(workers: int, backups: int) -> None:
+    lost, *results = run(dies_between, workers, backups, world="process")
+    assert lost is None
+    assert all(len(set(versions)) == 1 and versions == results[0] for versions in results)
+
+
 def unequal(comm: Any) -> Any:
     model, strategy = build(comm)
     step(model, strategy, 2)
@@ -209,11 +259,11 @@ def corrected(comm: Any) -> Any:
     return step(model, strategy, 2)
 
 
-def test_a_correction_of_another_shape() -> None:
-    with pytest.raises(
-        minidp.RankFailed, match=r"server 0 of 1 raised ValueError: delay_compensation returned shape"
-    ):
-        run(corrected, 2, world="virtual", servers=1)
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_correction_of_another_shape(world: str) -> None:
+    """A function of the user's, the same on all ranks wherever it lies in memory; what it returns is looked at."""
+    with pytest.raises(minidp.RankFailed, match=r"server 0 of 1 raised ValueError: delay_compensation returned"):
+        run(corrected, 2, world=world, servers=1)
 
 
 def trains(comm: Any, staleness: int | None) -> Any:

@@ -16,7 +16,7 @@ from minidp.nn import Layout
 from minidp.nn.layout import ALIGNMENT_BYTES
 from minidp.parallel.session import Opening
 from minidp.parallel.slabs import Flat
-from minidp.parallel.wire import REQUEST, Mail, Op, Reply, Request, begin
+from minidp.parallel.wire import REQUEST, Mail, Op, Reply, Request, Status, begin
 
 
 def server_slices(size: int, itemsize: int, servers: int) -> list[tuple[int, int]]:
@@ -66,13 +66,27 @@ class Links:
 
     def exchange(self, request: Request, gradient: Flat | None, w: Flat) -> list[Reply]:
         """Push ``gradient`` (None: without samples there is none) and receive into ``w``, where w is answered."""
+        return self._exchange(request, gradient, w, slice(None))
+
+    def exchange_in_turn(self, request: Request, gradient: Flat | None, w: Flat) -> list[Reply]:
+        """The same, but the first server's answer tells the others whether this gradient is in time."""
+        (first,) = replies = self._exchange(request, gradient, w, slice(0, 1))
+        if first.status == Status.DONE:
+            request = request._replace(round=first.version - 1, members=first.members)
+        elif first.status == Status.LATE:
+            request, gradient = request._replace(round=first.version, samples=0), None
+        else:
+            return replies  # there is no round
+        return replies + self._exchange(request, gradient, w, slice(1, None))
+
+    def _exchange(self, request: Request, gradient: Flat | None, w: Flat, which: slice) -> list[Reply]:
         requests, contents = [], []
-        for lo, hi in self.slices:
+        for lo, hi in self.slices[which]:
             size = 0 if gradient is None else hi - lo
             requests.append(request._replace(session=self._session, size=size, digest=self.digest))
             contents.append([] if gradient is None else [gradient[lo:hi]])
-        self._ask(requests, contents)
-        return self._answers(w)
+        self._ask(requests, contents, which)
+        return self._answers(w, which)
 
     def gather(self, value: Any, w: Flat | None = None) -> list[tuple[int, Any]]:
         """(worker, its value) of all workers that live and have not returned. Collective among these.
@@ -133,8 +147,10 @@ class Links:
     def _ask_all(self, op: Op) -> None:
         self._ask([self._request(op)] * len(self._servers), [[]] * len(self._servers))
 
-    def _ask(self, requests: Sequence[Request], contents: Sequence[Sequence[Any]]) -> None:
-        asked = list(zip(self._servers, requests, contents))
+    def _ask(
+        self, requests: Sequence[Request], contents: Sequence[Sequence[Any]], which: slice = slice(None)
+    ) -> None:
+        asked = list(zip(self._servers[which], requests, contents))
         works = [
             work
             for server, request, arrays in asked[self._turn :] + asked[: self._turn]
@@ -143,10 +159,10 @@ class Links:
         for work in works:
             work.wait()
 
-    def _answers(self, w: Flat | None = None) -> list[Reply]:
+    def _answers(self, w: Flat | None = None, which: slice = slice(None)) -> list[Reply]:
         """Every server's reply, with its slice of ``w`` if that comes too."""
         replies = []
-        for server, (lo, hi) in zip(self._servers, self.slices):
+        for server, (lo, hi) in zip(self._servers[which], self.slices[which]):
             reply = self._mail.reply(server)
             if reply.size and w is not None:
                 self._mail.content(server, w[lo:hi])

@@ -61,12 +61,14 @@ class ParameterServer(Strategy):
         staleness_aware: a gradient that is τ updates late moves w by η / τ (τ ≥ 1).
         delay_compensation: λ of DC-ASGD, or a `Correction` of your own (see ``delay.py``).
         backup_workers: b; with staleness 0: a clock is over when N − b gradients have come. Later ones are
-            dropped, and their workers go on with the others. Each server goes by what reaches it first.
+            dropped, and their workers go on with the others. The first server decides who is late; so a step
+            takes two round trips, if there are several. At most 62 workers.
         nominal_batch: n̄, the number of samples that counts as one gradient; default: the mean of the workers'
             first batches, of those that have pushed so far. Not for staleness 0, which divides by Σ n_i.
         accumulation_steps: backwards that may be added up before a push.
         check_finite: NonFiniteGradient rather than a push that holds NaN or infinity: with staleness 0 on all
-            workers, otherwise on this one alone. The servers know nothing of such a gradient then.
+            workers, otherwise on this one alone. The servers know nothing of such a gradient then. (Sums of finite
+            gradients that overflow are not looked for, as ``DataParallel`` does.)
 
     Guarantees: with staleness s, workers that compute are at most s steps apart, and the w of step c holds all
     updates of steps up to c − s − 1, and this worker's own. A gradient is applied once or, if its worker dies
@@ -144,6 +146,7 @@ class ParameterServer(Strategy):
             staleness=options.staleness,
             backups=options.backup_workers,
             nominal_batch=options.nominal_batch,
+            follows=options.backup_workers > 0 and server > 0,
             turn=server * len(ranks) // len(self._links.slices),
             holds=shorten(
                 f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}", 120, placeholder=" …"
@@ -182,7 +185,9 @@ class ParameterServer(Strategy):
             value=float(gradient[element]) if element >= 0 else 0.0,
         )
         with trace.span("push and pull", "wait"):
-            replies = self._links.exchange(request, gradient if samples else None, self._slabs.params[0])
+            # With backup workers it is the first server that tells who is late.
+            exchange = self._links.exchange_in_turn if self.options.backup_workers else self._links.exchange
+            replies = exchange(request, gradient if samples else None, self._slabs.params[0])
         self._read(replies, samples)
 
     def _read(self, replies: list[Reply], samples: int) -> None:
@@ -207,7 +212,9 @@ class ParameterServer(Strategy):
                     f"rank {self.comm.rank} has pushed the gradients of another model than the servers hold"
                 )
         self._staleness.update(reply.staleness for reply in replies if reply.staleness >= 0)
-        self._exchanged.bytes_sent += self.layout.nbytes if samples else 0
+        lo, hi = self._links.slices[0]  # of a late gradient no more than that has left
+        sent = (hi - lo) * self.layout.itemsize if replies[0].status == Status.LATE else self.layout.nbytes
+        self._exchanged.bytes_sent += sent if samples else 0
         self._exchanged.bytes_received += self.layout.nbytes
         self._exchanged.messages_sent += len(replies)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from minidp.comm import ANY, RankLost
 from minidp.comm.endpoint import Endpoint
+from minidp.parallel.followers import FollowingSession
 from minidp.parallel.session import Opening, Session
 from minidp.parallel.slabs import Flat
 from minidp.parallel.wire import REPLY, Mail, Op, Reply, Request, Status, begin
@@ -159,7 +160,8 @@ class _Server:
         def answer(worker: int, reply: Reply, *arrays: Any) -> None:
             self._answer(opening.workers[worker], reply, *arrays)
 
-        session = self._sessions[request.session] = Session(opening, answer)
+        kind = FollowingSession if opening.follows else Session
+        session = self._sessions[request.session] = kind(opening, answer)
         session.slice.put(w, None, None)
         held = "; ".join(each.opening.holds for each in self._sessions.values())
         self._comm.progress(0, note=shorten(f"holds {held}", 180, placeholder=" …"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minidp.parallel.delay import Correction, DelayCompensation
+from minidp.parallel.followers import MOST_WORKERS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ServerOptions:
         b = backup_workers
         if not isinstance(b, int) or isinstance(b, bool) or not 0 <= b < workers:
             raise ValueError(f"backup_workers={b!r}: give a number from 0 to {workers - 1}, of {workers} workers")
+        if b and workers > MOST_WORKERS:
+            raise ValueError(f"backup_workers={b} of {workers} workers: with backups there can be {MOST_WORKERS}")
         if b and staleness != 0:
             raise ValueError("backup_workers are for staleness=0: otherwise nobody waits for the last one anyway")
         return cls(staleness, bool(staleness_aware), delay_compensation, b, nominal_batch)

@@ -32,6 +32,7 @@ class Opening:
         staleness: 0, s or None; ``backups``: how many workers' gradients a step can do without.
         nominal_batch: n̄, if it was given.
         turn: the worker that is answered first, where all are: each server begins with another.
+        follows: whether another server tells who is in time (`followers.py`).
         holds: in words, what is in the slice.
     """
 
@@ -46,6 +47,7 @@ class Opening:
     backups: int
     nominal_batch: Any = None
     turn: int = 0
+    follows: bool = False
     holds: str = ""
 
 
@@ -117,19 +119,25 @@ class Session:
             needed = min(everybody - backups, len(coming))
         if not self._round or len(self._round) < needed:
             return
-        came, total = sorted(self._round), sum(request.samples for request in self._round.values())
-        bad = min(((self._round[w].element, w) for w in came if self._round[w].element >= 0), default=None)
+        came = dict(self._round)
+        self._round.clear()
+        self._update(came)
+
+    def _update(self, pushed: dict[int, Request]) -> None:
+        """Make a round of these pushes, and answer."""
+        came, total = sorted(pushed), sum(request.samples for request in pushed.values())
+        bad = min(((pushed[w].element, w) for w in came if pushed[w].element >= 0), default=None)
         if bad is None:
             if total:
                 self.slice.update([self.inbox(worker) for worker in came], total)
                 self._count(0)
             else:
                 self.slice.skip()
-            reply = Reply(Status.DONE, staleness=0 if total else -1, size=1)
+            members = sum(1 << worker for worker in came) if self.opening.backups else 0
+            reply = Reply(Status.DONE, staleness=0 if total else -1, size=1, members=members)
         else:
-            reply = Reply(Status.NOT_FINITE, element=bad[0], worker=bad[1], value=self._round[bad[1]].value)
-        self._round.clear()
-        turn = self.opening.turn
+            reply = Reply(Status.NOT_FINITE, element=bad[0], worker=bad[1], value=pushed[bad[1]].value)
+        everybody, turn = len(self.opening.workers), self.opening.turn
         for worker in sorted(came, key=lambda worker: (worker - turn) % everybody):
             self._tell(worker, reply)
 

@@ -1,4 +1,4 @@
-"""What workers and servers say to each other: a header of 64 bytes, then perhaps an array. Nothing else travels.
+"""What workers and servers say to each other: a header of 80 bytes, then perhaps an array. Nothing else travels.
 
     worker → server    Request, then an array of ``size`` elements if it is not 0
     server → worker    Reply, then an array of ``size`` elements if it is not 0
@@ -18,7 +18,7 @@ import numpy as np
 from minidp.comm import Communicator, Work
 
 REQUEST, REPLY, CONTENT = 1, 2, 3  # tags
-_FORM = Struct("<6q2d")
+_FORM = Struct("<8q2d")
 Header = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -48,7 +48,10 @@ class Status(IntEnum):
 
 
 class Request(NamedTuple):
-    """From a worker. ``digest`` is that of the model's layout, ``loss`` the mean over ``samples``."""
+    """From a worker. ``digest`` is that of the model's layout, ``loss`` the mean over ``samples``.
+
+    ``round`` and ``members`` are what the first server has told, for the others (`followers.py`).
+    """
 
     op: int
     session: int
@@ -56,12 +59,15 @@ class Request(NamedTuple):
     size: int = 0
     element: int = -1  # of the flat gradient that is not finite, if there is one; ``value`` is what it is
     digest: int = 0
+    round: int = 0
+    members: int = 0
     loss: float = 0.0
     value: float = 0.0
 
 
 class Reply(NamedTuple):
-    """From a server. ``staleness`` is that of the pushed gradient, −1 if it was not applied."""
+    """From a server. ``staleness`` is that of the pushed gradient, −1 if it was not applied; ``members``, as bits,
+    whose gradients made this update, where some can be done without."""
 
     status: int
     version: int = 0
@@ -69,8 +75,10 @@ class Reply(NamedTuple):
     size: int = 0
     element: int = -1
     worker: int = -1
+    members: int = 0
+    spare: int = 0
     value: float = 0.0
-    spare: float = 0.0
+    spare_value: float = 0.0
 
 
 def packed(message: Request | Reply) -> Header:
@@ -87,7 +95,7 @@ class Mail:
     """Headers that come in, one buffer for all."""
 
     def __init__(self, comm: Communicator) -> None:
-        self._comm, self._header = comm, np.empty(8, np.int64)
+        self._comm, self._header = comm, np.empty(_FORM.size // 8, np.int64)
 
     def request(self, src: int) -> tuple[int, Request]:
         """The next request from ``src`` (or ANY): (its worker, what it says)."""
