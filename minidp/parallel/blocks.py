@@ -105,6 +105,17 @@ def divided(summed: Flat, total: Any, out: Flat, dtype: np.dtype[Any]) -> Flat:
     return out if out.dtype == dtype else out.astype(dtype)
 
 
+def first_not_finite(flat: Flat) -> int:
+    """The first element that is NaN or infinite; −1 if none is.
+
+    The dot product with itself is the cheapest look at all; as it may overflow where none is, it is looked again.
+    """
+    if math.isfinite(np.dot(flat, flat)):
+        return -1
+    bad = ~np.isfinite(flat)
+    return int(bad.argmax()) if bad.any() else -1
+
+
 def find_trouble(block: Block, summed: Flat) -> list[Trouble]:
     """Look again, slowly; nothing if only the dot product had overflowed."""
     bad = ~np.isfinite(summed)

@@ -12,7 +12,6 @@ support that makes the idea work. Where it is all of w (an MLP), only luck keeps
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,9 +22,8 @@ from minidp.autograd import Tensor
 from minidp.comm import Communicator
 from minidp.nn import Module
 from minidp.optim import Optimizer
-from minidp.parallel.blocks import Block, cut_blocks, divided, find_trouble, sum_in_order
+from minidp.parallel.blocks import Block, cut_blocks, divided, sum_in_order
 from minidp.parallel.buffers import mean_buffers
-from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.shared_weights import STEPS, WRITES, SharedWeights
 from minidp.parallel.slabs import Slabs
 from minidp.parallel.strategy import StateDict, Strategy
@@ -133,7 +131,7 @@ class Hogwild(Strategy):
         self.layout.zero_unwritten(self._own.grads[0])
         self._layers.gather(self.check_finite, self.updates)
         if self.check_finite:
-            self._check_finite()
+            self._check_gradient(self._own.grads[0])
         with trace.span("update", "compute"):
             self.comm.settle()
             staleness = self._shared.steps() - self._begun  # this rank has written none in between
@@ -146,15 +144,6 @@ class Hogwild(Strategy):
         self._own_samples += samples
         self._staleness[staleness] += 1
         self._count_traffic(written)
-
-    def _check_finite(self) -> None:
-        for block in self._blocks:
-            (gradient,) = block.parts
-            # Cheapest look at all elements; it may overflow where none is infinite, so then it is looked again.
-            if not math.isfinite(np.dot(gradient, gradient)):
-                for element, _, value in find_trouble(block, gradient):
-                    (name,) = self.layout.names_at(element, element + 1)
-                    raise NonFiniteGradient(name, self.comm.rank, self.updates, value)
 
     def _update(self, block: Block, size: int, nominal: int, hyper: Mapping[str, Any]) -> int:
         """w ← rule(w, n_i ∇L_i / n̄) where this block's gradient is not 0; how many elements that are."""

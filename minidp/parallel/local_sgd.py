@@ -13,7 +13,6 @@ with a state, such as momentum, differs from it even then: each rank's has seen 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,10 +25,9 @@ from minidp.nn import Layout, Module
 from minidp.optim import Adam, Optimizer
 from minidp.parallel import norms
 from minidp.parallel.agreement import check_parameters, describe
-from minidp.parallel.blocks import Block, Trouble, cut_blocks, divided, exact_scale, find_trouble, sum_in_order
+from minidp.parallel.blocks import Block, cut_blocks, divided, exact_scale, sum_in_order
 from minidp.parallel.buckets import pieces
 from minidp.parallel.buffers import least_weights, mean_buffers
-from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import WHOLE, StateDict, Strategy
 
@@ -146,10 +144,8 @@ class LocalSGD(Strategy):
             return
         self.layout.zero_unwritten(self._replica.gradient)
         self._layers.gather(self.check_finite, self.updates)
-        trouble = self._replica.find_trouble() if self.check_finite else None
-        if trouble is not None:
-            (name, *_) = self.layout.names_at(trouble.element, trouble.element + 1)
-            raise NonFiniteGradient(name, self.comm.rank, self.updates, trouble.value)
+        if self.check_finite:
+            self._check_gradient(self._replica.gradient)
         with trace.span("update", "compute"):
             self._replica.update(samples, self.updates, self.clip_norm)
         self._used += samples
@@ -258,21 +254,12 @@ class Replica:
         self._blocks = cut_blocks(layout, optimizer, self.slabs, [(0, layout.size)], self.slabs.grads, 0)
         self._pieces = pieces(layout, 0, layout.size)
 
-    def find_trouble(self) -> Trouble | None:
-        """The first element of the gradient that is not finite."""
-        for block in self._blocks:
-            (part,) = block.parts
-            if not math.isfinite(np.dot(part, part)):  # cheapest look at all; it may overflow where none is inf
-                for trouble in find_trouble(block, part):
-                    return trouble
-        return None
-
     def update(self, total: int, t: int, clip_norm: float | None = None) -> None:
         """w ← rule(w, gradient / total), its update number ``t``."""
         if clip_norm is not None:
             self._clip(total, clip_norm)
             total = 1
-        scale = self._scale(total)
+        scale = exact_scale(total, self.w.dtype)
         hyper = [self.optimizer.hyper(group, t) for group in range(len(self.optimizer.groups))]
         for block in self._blocks:  # each while it is in the cache
             gradient = self._mean(block, total, scale)
@@ -283,10 +270,6 @@ class Replica:
             )
             self.optimizer.count_update(gradient.size, gradient.itemsize)
 
-    def _scale(self, total: int) -> float:
-        """What to multiply by in place of dividing, or 1; Fractions are divided, to stay Fractions."""
-        return 1 if self.w.dtype.hasobject else exact_scale(total, self.w.dtype)
-
     def _mean(self, block: Block, total: int, scale: float) -> Flat:
         """The gradient / total; where there is a scale, that is yet to be multiplied by."""
         summed = sum_in_order(block.parts, block.mean)
@@ -294,7 +277,7 @@ class Replica:
 
     def _clip(self, total: int, clip_norm: float) -> None:
         """gradient ← gradient / total, scaled down to the norm."""
-        scale = self._scale(total)
+        scale = exact_scale(total, self.w.dtype)
         for block in self._blocks:
             (part,) = block.parts
             np.multiply(self._mean(block, total, scale), scale, out=part)

@@ -11,7 +11,6 @@ None lets nobody wait. What a server does: `serve.py`, `session.py`, `served.py`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -23,9 +22,9 @@ from minidp.autograd import Tensor
 from minidp.comm import CollectiveMismatch, Communicator, RankLost
 from minidp.nn import Module
 from minidp.optim import Optimizer
+from minidp.parallel.blocks import first_not_finite
 from minidp.parallel.buckets import runs
 from minidp.parallel.delay import Correction
-from minidp.parallel.errors import NonFiniteGradient
 from minidp.parallel.links import Links
 from minidp.parallel.present import Group, Present
 from minidp.parallel.served import Rule
@@ -169,9 +168,9 @@ class ParameterServer(Strategy):
     def _reduce_and_update(self, samples: int) -> None:
         gradient = self._slabs.grads[0]
         self.layout.zero_unwritten(gradient)
-        element = self._not_finite(gradient) if self.check_finite and samples else -1
+        element = first_not_finite(gradient) if self.check_finite and samples else -1
         if element >= 0 and not self.together:
-            raise self._trouble(element, self.comm.rank, float(gradient[element]))
+            raise self._not_finite(element, self.comm.rank, float(gradient[element]))
         if self._layers.gathers:
             total = sum(self.comm.all_gather_int(samples, "step/samples")) if self.together else samples
             if total:
@@ -194,7 +193,7 @@ class ParameterServer(Strategy):
         """Raise what a server has refused; count what has travelled, and how late it was, on each server."""
         for reply in replies:
             if reply.status == Status.NOT_FINITE:
-                raise self._trouble(reply.element, reply.worker, reply.value)
+                raise self._not_finite(reply.element, reply.worker, reply.value)
             if reply.status == Status.DIED:
                 raise RankLost(
                     f"rank {reply.worker} has died, and so have others: with backup_workers="
@@ -217,18 +216,6 @@ class ParameterServer(Strategy):
         self._exchanged.bytes_sent += sent if samples else 0
         self._exchanged.bytes_received += self.layout.nbytes
         self._exchanged.messages_sent += len(replies)
-
-    @staticmethod
-    def _not_finite(gradient: Any) -> int:
-        """The first element that is not finite; −1 if all are. The dot product is the cheapest look at all."""
-        if math.isfinite(np.dot(gradient, gradient)):
-            return -1
-        bad = ~np.isfinite(gradient)
-        return int(bad.argmax()) if bad.any() else -1
-
-    def _trouble(self, element: int, rank: int, value: float) -> NonFiniteGradient:
-        (name, *_) = self.layout.names_at(element, element + 1)
-        return NonFiniteGradient(name, rank, self.updates, value)
 
     # -- state -------------------------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ class Session:
             return
         w = self.slice.give(worker)
         reply = reply._replace(version=self.slice.version, size=len(w))
-        self._answer(worker, reply, *([w] if len(w) else []))
+        self._answer(worker, reply, w)
 
     def _let_go(self) -> None:
         for worker in self.clocks.let_go():

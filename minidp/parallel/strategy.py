@@ -18,6 +18,7 @@ from minidp.data.sharding import cut
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
 from minidp.parallel.agreement import agree, check_alone, check_free, check_parameters, describe, owners
+from minidp.parallel.blocks import first_not_finite
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.layer_state import LayerState
 from minidp.parallel.state import StateDict, Stateful
@@ -222,6 +223,17 @@ class Strategy(Stateful):
     @abstractmethod
     def _reduce_and_update(self, samples: int) -> None:
         """Average over ranks and update; all ranks or none. With samples, gather what ``_layers`` have."""
+
+    def _check_gradient(self, gradient: np.ndarray) -> None:
+        """Raise NonFiniteGradient for this rank's own flat gradient, where ranks step alone."""
+        element = first_not_finite(gradient)
+        if element >= 0:
+            raise self._not_finite(element, self.comm.rank, float(gradient[element]))
+
+    def _not_finite(self, element: int, rank: int, value: float) -> NonFiniteGradient:
+        """What to raise for an element of the flat gradient."""
+        (name, *_) = self.layout.names_at(element, element + 1)
+        return NonFiniteGradient(name, rank, self.updates, value)
 
     def _broadcast_rest(self) -> None:
         """Rank 0's buffers and frozen parameters to everybody: what the layout leaves outside."""
