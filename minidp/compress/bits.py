@@ -1,0 +1,103 @@
+"""Real bits: small whole numbers, and positions, packed as densely as their number allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minidp.backend import Array, array_module, asarray
+
+
+def packed_nbytes(count: int, bits: int) -> int:
+    """Bytes of ``count`` numbers of so many bits: each bit plane is filled up to whole bytes."""
+    return bits * -(-count // 8)
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Numbers 0 … 2^bits − 1, uint8, flat: their lowest bits, eight to a byte, then the next ones, …
+
+    A byte holds its first number in its highest bit. Eight bits are the numbers themselves.
+    """
+    if bits == 8:
+        return codes
+    xp = array_module(codes)
+    return xp.concatenate([xp.packbits(codes & (1 << plane)) for plane in range(bits)])
+
+
+def unpack(data: Array, bits: int, count: int) -> Array:
+    """The numbers again: uint8, shape (count,)."""
+    if bits == 8:
+        return data
+    xp, stride = array_module(data), -(-count // 8)
+    codes = xp.unpackbits(data[:stride])
+    for plane in range(1, bits):
+        codes |= xp.unpackbits(data[plane * stride : (plane + 1) * stride]) << plane
+    return codes[:count]
+
+
+# --- positions --------------------------------------------------------------------------------------------------
+
+# Of k positions among d the densest of three forms, which both sides know from k and d:
+#   a bitmap                                                          d / 8 bytes
+#   blocks of 255: how many there are in each, then where each is     d / 255 + k
+#   blocks of 65535, the same in two bytes                            2 (d / 65535 + k)
+# A block is one shorter than its numbers reach, so that a full one can be counted in as many bits.
+_BLOCKS: dict[int, Any] = {255: np.uint8, 65535: np.uint16}
+
+
+def _form(k: int, d: int) -> tuple[int, int]:
+    """(bytes, length of a block; 0: a bitmap)."""
+    if k in (0, d):
+        return 0, 0
+    blocks = [(np.dtype(kind).itemsize * (-(-d // block) + k), block) for block, kind in _BLOCKS.items()]
+    return min((-(-d // 8), 0), *blocks)
+
+
+def positions_nbytes(k: int, d: int) -> int:
+    return _form(k, d)[0]
+
+
+def pack_positions(where: Array, d: int) -> Array:
+    """Ascending positions below d, int64, without repetition: uint8 or uint16, flat."""
+    xp, k = array_module(where), where.size
+    _, block = _form(k, d)
+    if k in (0, d):  # nothing need be said
+        return xp.empty(0, np.uint8)
+    if not block:
+        bitmap = xp.zeros(d, bool)
+        bitmap[where] = True
+        return xp.packbits(bitmap)
+    kind = _BLOCKS[block]
+    counts = xp.bincount(where // block, minlength=-(-d // block))
+    return xp.concatenate([counts.astype(kind), (where % block).astype(kind)])
+
+
+def unpack_positions(data: Array, k: int, d: int) -> Array:
+    """The positions again: int64, shape (k,)."""
+    xp = array_module(data)
+    _, block = _form(k, d)
+    if k in (0, d):
+        return xp.arange(k, dtype=np.int64)
+    if not block:
+        return xp.flatnonzero(xp.unpackbits(data)[:d])
+    counts = data[: -(-d // block)]
+    starts = xp.arange(counts.size, dtype=np.int64) * block
+    repeats = counts if xp is np else counts.tolist()  # CuPy's takes a list
+    return xp.repeat(starts, repeats) + data[counts.size :]
+
+
+# --- whole numbers of any kind of number ------------------------------------------------------------------------
+
+
+def whole(x: Array, function: Callable[[Any], int], fast: str) -> Array:
+    """``function``, which makes a number whole, of each element: by ``xp.<fast>``, or for objects one by one."""
+    if np.dtype(x.dtype).hasobject:
+        return np.frompyfunc(function, 1, 1)(x)
+    return getattr(array_module(x), fast)(x)
+
+
+def like(values: Any, array: Array) -> Array:
+    """Host values as an array beside ``array``."""
+    return asarray(values, array_module(array))

@@ -1,0 +1,146 @@
+"""Pruning of gradients: only some numbers travel, and where they belong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+
+from minidp import backend
+from minidp.backend import Array, array_module
+from minidp.compress.bits import like, pack_positions, unpack_positions
+from minidp.compress.compressor import Compressor, Payload, Route
+
+
+def checked_density(density: Any) -> float:
+    """TypeError, ValueError unless it is the part of the numbers that is kept."""
+    try:
+        number = float(density)
+    except (TypeError, ValueError):
+        raise TypeError(f"density={density!r}: give a number, the part that is kept") from None
+    if not 0 < number <= 1:
+        raise ValueError(f"density={density!r}: give the part that is kept, above 0, at most 1 (0.01 is 1 %)")
+    return number
+
+
+def kept(density: float, size: int) -> int:
+    """k of so many elements: the density's part, rounded up, so at least one if there is any."""
+    return min(size, math.ceil(density * size - 1e-9))
+
+
+class TopK(Compressor):
+    """``"topk:DENSITY"``: the k = ⌈density · d⌉ numbers of the largest magnitude; of equal ones the first.
+
+    What is kept is exact, the rest is 0: ‖x − C(x)‖² ≤ (1 − k/d) ‖x‖². Much is lost, so it wants ``+ef``.
+
+    Wire: k numbers, and where they are in one byte each and one for every 255 elements (see `bits`). Each rank has
+    other positions, so payloads can't be summed; they are gathered: what a rank sends grows with N. With
+    ``"topk:DENSITY:owners"`` it does not: owners of parts keep k of the sum. Source: Aji and Heafield, "Sparse
+    Communication for Distributed Gradient Descent", EMNLP 2017; for owners Li and Hoefler, "Near-Optimal Sparse
+    Allreduce" (Ok-Topk), PPoPP 2022.
+    """
+
+    bytes_per_element = 10.0
+
+    def __init__(self, density: float, owners: bool = False, *, seed: int = 0, rank: int = 0) -> None:
+        super().__init__(seed=seed, rank=rank)
+        self.density = checked_density(density)
+        self.route: Route = "owners" if owners else "gather"  # type: ignore[misc]
+
+    def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
+        where = largest_positions(flat, kept(self.density, flat.size))
+        return flat[where], pack_positions(where, flat.size)
+
+    def _decode(self, payload: Payload) -> Array:
+        flat = array_module(payload.arrays[0]).zeros(payload.size, payload.dtype)
+        flat[self._where(payload)] = payload.arrays[0]
+        return flat
+
+    @staticmethod
+    def _where(payload: Payload) -> Array:
+        values, positions = payload.arrays
+        return unpack_positions(positions, values.size, payload.size)
+
+    def add(self, total: Array, payload: Payload) -> Array:
+        flat = total.reshape(-1)  # of our own making: contiguous, so a view
+        flat[self._where(payload)] += payload.arrays[0]
+        backend.count(float(payload.arrays[0].size), 3.0 * payload.nbytes)
+        return total
+
+    def subtract(self, array: Array, payload: Payload) -> Array:
+        flat = array.reshape(-1)
+        flat[self._where(payload)] -= payload.arrays[0]
+        backend.count(float(payload.arrays[0].size), 3.0 * payload.nbytes)
+        return array
+
+    @property
+    def spec(self) -> str:
+        return f"topk:{self.density:g}" + ":owners" * (self.route == "owners")
+
+
+def largest_positions(flat: Array, k: int) -> Array:
+    """Where the k numbers of the largest magnitude are, ascending; of equal ones the first. int64.
+
+    A sample tells about how large they must be, one pass finds the few that are, and these are sorted. Equal to
+    `largest_positions_simply`.
+    """
+    xp, d = array_module(flat), flat.size
+    if not 0 < k < d // 8 or d < 4096 or flat.dtype.hasobject:
+        return largest_positions_simply(flat, k)
+    magnitudes = xp.abs(flat)
+    sample = magnitudes[:: max(1, d // 16384)]
+    # Lower than the k-th largest is likely to be, by 4 deviations of the sample's count.
+    wanted = k / d * sample.size
+    rank = min(sample.size, math.ceil(wanted + 4 * math.sqrt(wanted) + 4))
+    threshold = xp.partition(sample, sample.size - rank)[sample.size - rank]
+    some = xp.flatnonzero(magnitudes >= threshold)
+    if some.size < k:  # the sample was no picture of the whole
+        return largest_positions_simply(flat, k)
+    return some[largest_positions_simply(magnitudes[some], k)]
+
+
+def largest_positions_simply(flat: Array, k: int) -> Array:
+    """The same, in the words of the definition: sort by magnitude, the first of equal ones first; take k."""
+    xp = array_module(flat)
+    order = xp.argsort(-xp.abs(flat), kind="stable")
+    return xp.sort(order[:k])
+
+
+class RandomK(Compressor):
+    """``"randomk:DENSITY"``: k = ⌈density · d⌉ numbers at random positions, times d/k: unbiased.
+
+    All ranks choose the same ones in a call, by seed, key and call, so payloads are summed. With error feedback the
+    factor d/k is left out. Wire: k numbers, and the call in 4 bytes, from which receivers know where they belong.
+    Source: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018.
+    """
+
+    route: ClassVar[Route] = "sum"
+    bytes_per_element = 6.0
+
+    def __init__(self, density: float, scaled: bool = True, *, seed: int = 0, rank: int = 0) -> None:
+        super().__init__(seed=seed, rank=rank)
+        self.density, self.scaled = checked_density(density), scaled
+
+    def _positions(self, key: str, call: int, size: int) -> np.ndarray:
+        random = backend.generator(self.seed, "compress", "positions", key, call)  # not by rank
+        return np.sort(random.choice(size, kept(self.density, size), replace=False, shuffle=False))
+
+    def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
+        where = like(self._positions(key, call, flat.size), flat)
+        return flat[where], like(np.array([call], np.uint32), flat)
+
+    def _decode(self, payload: Payload) -> Array:
+        values, call = payload.arrays
+        flat = array_module(values).zeros(payload.size, payload.dtype)
+        where = like(self._positions(payload.key, int(call[0]), payload.size), values)
+        # d and k one after the other: Fractions stay exact.
+        flat[where] = values * payload.size / max(1, values.size) if self.scaled else values
+        return flat
+
+    @property
+    def spec(self) -> str:
+        return f"randomk:{self.density:g}"
+
+    def for_error_feedback(self) -> Compressor:
+        return RandomK(self.density, scaled=False, seed=self.seed, rank=self.rank)
