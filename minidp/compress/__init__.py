@@ -7,7 +7,7 @@ from minidp.compress.casts import BFloat16, Float16, Identity
 from minidp.compress.compressor import Compressor, Payload, Reducer
 from minidp.compress.error_feedback import ErrorFeedback
 from minidp.compress.low_rank import PowerSGD
-from minidp.compress.names import EXAMPLES, get
+from minidp.compress.names import EXAMPLES, get, resolved
 from minidp.compress.pruning import Pruned, magnitude_masks
 from minidp.compress.quantize import QSGD, Int8, TernGrad
 from minidp.compress.sign import Sign
@@ -32,4 +32,5 @@ __all__ = [
     "TopK",
     "get",
     "magnitude_masks",
+    "resolved",
 ]

@@ -172,13 +172,16 @@ class Compressor(ABC):
     # -- what it remembers -------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """All that later calls depend on, as host arrays by name: ``calls/<key>``, and what subclasses add."""
-        return {f"calls/{key}": np.array(calls, np.int64) for key, calls in self._calls.items()}
+        """All that later calls depend on, as host arrays by name: ``seed``, ``calls/<key>``, what subclasses add."""
+        calls = {f"calls/{key}": np.array(calls, np.int64) for key, calls in self._calls.items()}
+        return {"seed": np.array(self.seed, np.int64)} | calls
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from there. ValueError for what this compressor knows nothing of."""
-        if unknown := set(state) - set(found := chosen(state, "calls")):
+        found = chosen(state, "calls")
+        if unknown := set(state) - set(found) - {"seed"}:
             raise ValueError(f"{self!r} has no {', '.join(sorted(unknown))}: load it by the compressor that saved it")
+        self.seed = int(state.get("seed", self.seed))
         self._calls = Counter({name.removeprefix("calls/"): int(calls) for name, calls in found.items()})
 
     def belong_to(self, rank: int) -> None:

@@ -104,5 +104,13 @@ def get(spec: str, seed: int = 0, rank: int = 0) -> Compressor:
     return ErrorFeedback(made) if feedback else made
 
 
+def resolved(compress: Compressor | str, seed: int = 0, rank: int = 0) -> Compressor:
+    """What was given as ``compress=``, for this rank: a compressor keeps the seed that it has."""
+    if not isinstance(compress, Compressor):
+        return get(compress, seed, rank)
+    compress.belong_to(rank)
+    return compress
+
+
 def _names() -> str:
     return ", ".join(text for text, _ in _MAKERS.values())

@@ -100,9 +100,9 @@ def exact_scale(total: Any, dtype: np.dtype[Any]) -> float:
 
 
 def divided(summed: Flat, total: Any, out: Flat, dtype: np.dtype[Any]) -> Flat:
-    """summed / total, in ``dtype``; ``out`` is overwritten."""
-    np.divide(summed, total, out=out)
-    return out if out.dtype == dtype else out.astype(dtype)
+    """summed / total, in ``dtype``; ``out`` may be overwritten."""
+    mean = summed if total == 1 else np.divide(summed, total, out=out)
+    return mean if mean.dtype == dtype else mean.astype(dtype)
 
 
 def first_not_finite(flat: Flat) -> int:

@@ -9,7 +9,7 @@ the update to that slice of the one shared copy of w, and two barriers make it a
     my slice        g = (Σ_i n_i g_i) / Σ n_i, in order of rank;  w' = rule(w, g) into the other buffer
     barrier         all slices are written: flip, w' is w
 
-``bucketed.py`` is the same for ranks that share no memory.
+``bucketed.py`` is the same for ranks that share no memory, ``compressed.py`` for payloads in place of gradients.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import Communicator
+from minidp.compress import Compressor, resolved
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
@@ -43,6 +44,8 @@ class DataParallel(Strategy):
         model, optimizer: built alike on every rank; the optimizer from ``model.parameters()``.
         comm: the ranks that train together. Where they share no memory (``not comm.shares_memory``) this class
             yields a ``BucketedDataParallel``: the same in messages.
+        compress: a ``minidp.compress.Compressor`` or the name of one, such as ``"int8"`` or ``"topk:0.01+ef"``: that is
+            what gradients travel as, and this class yields a ``CompressedDataParallel``. Not with ``micro_shards``.
         accumulation_steps: backwards that may be added up before a step.
         micro_shards: V, a power of two that the number of ranks divides: the bits of w are then the same for every
             such number, on one machine and library build (see ``micro_shards.py``). The global batch must be the
@@ -65,9 +68,12 @@ class DataParallel(Strategy):
     label = "DataParallel"
 
     def __new__(cls, model: Module, optimizer: Optimizer, comm: Communicator, **options: Any) -> Self:
-        from minidp.parallel.bucketed import BucketedDataParallel  # late: it is a subclass
+        from minidp.parallel.bucketed import BucketedDataParallel  # late: they are subclasses
+        from minidp.parallel.compressed import CompressedDataParallel
 
-        if comm.shares_memory or issubclass(cls, BucketedDataParallel):
+        if cls is DataParallel and options.get("compress") is not None:
+            return super().__new__(CompressedDataParallel)  # type: ignore[return-value]
+        if comm.shares_memory or issubclass(cls, BucketedDataParallel | CompressedDataParallel):
             return super().__new__(cls)
         if cls is not DataParallel:
             raise TypeError(f"{cls.__name__} needs shared memory: derive it from BucketedDataParallel")
@@ -79,6 +85,7 @@ class DataParallel(Strategy):
         optimizer: Optimizer,
         comm: Communicator,
         *,
+        compress: Compressor | str | None = None,
         micro_shards: int | None = None,
         accumulation_steps: int = 1,
         bucket_cap_mb: float = 25,
@@ -90,16 +97,20 @@ class DataParallel(Strategy):
         self._blas: OneBlasThread | None = None
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         if micro_shards is not None:
+            if compress is not None:
+                raise ValueError(f"micro_shards={micro_shards} gives exact bits, compress={compress!r} does not: drop one")
             check_model(model)
+        self._compress = compress
+        self._spec = None if compress is None else resolved(compress).spec  # an unknown one is an error here
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._pieces = pieces(self.layout, 0, self.layout.size)
-        self._slabs, self._slices, parts = self._start(comm)
+        self._slabs, self._slices, self._parts = self._start(comm)
         # One gradient slab: what this rank adds up is the whole, and w has one buffer.
         self._alone = len(self._slabs.grads) == 1
         self._own = self._slabs.grads[0 if self._alone else self.comm.rank]
-        upper = 0 if micro_shards is None else len(parts).bit_length() - 2
-        self._blocks = cut_blocks(self.layout, self.optimizer, self._slabs, self._slices, parts, upper)
+        upper = 0 if micro_shards is None else len(self._parts).bit_length() - 2
+        self._blocks = cut_blocks(self.layout, self.optimizer, self._slabs, self._slices, self._parts, upper)
         self._mine = sum(hi - lo for lo, hi in self._slices)  # elements
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
         self._scale = 1.0
@@ -137,7 +148,7 @@ class DataParallel(Strategy):
         self._slabs.flip()
 
     def _options(self) -> tuple[Any, ...]:
-        return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum)
+        return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum, self._spec)
 
     def release(self) -> None:
         super().release()

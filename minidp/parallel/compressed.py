@@ -1,0 +1,131 @@
+"""Synchronous data parallelism in which payloads travel in place of gradients: g' = compress(g) (article 3.4.1, 4.4).
+
+    backward        g_i, times n_i
+    step            Σ n_i;  then, parameter by parameter, what each rank has of the mean: n_i g_i / Σ n_i
+                    is compressed, exchanged and added up:  ∇L' ≈ Σ_i n_i g_i / Σ n_i
+                    w ← rule(w, ∇L'), the whole of it, the same on every rank
+
+How a compressor's payloads are added up: ``minidp.compress.compressor``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from minidp import trace
+from minidp.comm import Communicator
+from minidp.comm.reduction import is_half
+from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
+from minidp.compress.compressor import State
+from minidp.parallel.blocks import first_not_finite
+from minidp.parallel.data_parallel import DataParallel
+from minidp.parallel.reducer import CommReducer
+from minidp.parallel.slabs import Flat, Slabs
+
+
+class CompressedDataParallel(DataParallel):
+    """See ``DataParallel``, which yields this class where ``compress`` is given, in every world.
+
+    Guarantees across ranks: the same bits of w after every step, since all add up the same payloads in the same
+    order. NaN or infinity is found before anything is compressed: NonFiniteGradient on all ranks, and residuals stay
+    as they are. (A sum that overflows though each gradient is finite is found afterwards: what was compressed has
+    left the residuals by then.)
+
+    Cost of a step, c bytes of payloads, N ranks: sent 2(N−1)/N c where payloads are summed or parts have owners,
+    (N−1) c where they are gathered; one or two exchanges a parameter, after backward (nothing is hidden behind it).
+    Each rank updates all of w. Memory a rank: (3 + slots)Ψ, and Ψ for residuals with error feedback.
+    """
+
+    compressor: Compressor
+
+    def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
+        slabs = Slabs(self.layout, self.optimizer.slots, None)
+        self._broadcast_rest()
+        w = slabs.params[0]
+        self.layout.pack(w)
+        self.comm.broadcast(w, 0)
+        slabs.bind_grads(0)
+        slabs.flip()
+        self._moving = comm.duplicate(f"{self.label} payloads")  # its traffic is that of the gradients
+        self._exchanged = self._moving.traffic
+        assert self._compress is not None
+        self._use(resolved(self._compress, self.seed, comm.rank))
+        own = slabs.grads[0]
+        mean = np.zeros(own.size, np.float32 if is_half(own.dtype) else own.dtype)
+        places = [(s.name, slice(s.offset, s.offset + s.size), s.shape) for s in self.layout.segments]
+        self._views = [(name, mean[place].reshape(shape)) for name, place, shape in places]
+        return slabs, [(0, self.layout.size)], [mean]
+
+    def _use(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+        self._reducer = CommReducer(self._moving, compressor.steady)
+
+    def _reduce_and_update(self, samples: int) -> None:
+        own = self._own
+        self.layout.zero_unwritten(own)
+        bad = first_not_finite(own) if self.check_finite and samples else -1
+        told = self.comm.all_gather_int(samples if bad < 0 else -1 - bad, "step/gradients")
+        if min(told) < 0:
+            self._raise_first(told, own)
+        total = sum(told)
+        if total == 0:
+            return
+        self._layers.gather(self.check_finite, self.updates)
+        (mean,) = self._parts
+        np.divide(own, total, out=mean)
+        with trace.span("compress and exchange", "wait"):
+            for name, view in self._views:
+                view[...] = self.compressor.exchange(view, name, self._reducer)
+        with trace.span("update", "compute"):
+            trouble = self._average_and_update(1)
+        if trouble is not None:
+            raise self._not_finite(trouble.element, -1, trouble.value)
+
+    def _raise_first(self, told: list[int], own: Flat) -> None:
+        """All ranks raise the same: the first element that is not finite, told by the rank that has it."""
+        element, rank = min((-1 - number, rank) for rank, number in enumerate(told) if number < 0)
+        value = self.comm.broadcast_object(float(own[element]), rank, "step/not finite")
+        raise self._not_finite(element, rank, value)
+
+    # -- pruning of the model --------------------------------------------------------------------------
+
+    def prune(self, density: float, scope: Literal["global", "each"] = "global") -> dict[str, np.ndarray]:
+        """Keep only the largest weights, the part ``density`` of all matrices' (see `magnitude_masks`). The masks.
+
+        The others are 0 from now on, as is their part of the optimizer's state: their gradients do not travel, and no
+        rule moves what has none. The masks are the same on all ranks, and part of checkpoints. May be called again,
+        with a lower density. Residuals begin anew. Sends nothing, but collective: all ranks prune between the same
+        steps.
+        """
+        if self.in_step:
+            raise RuntimeError("prune in the middle of a step: call strategy.step() or discard() first")
+        state = self.model.state_dict()
+        masks = magnitude_masks({s.name: state[s.name] for s in self.layout.segments}, density, scope)
+        kept = {slot: dict(of_slot) for slot, of_slot in self.optimizer_state().items()}
+        for segment in self.layout.segments:
+            mask = masks.get(segment.name)
+            if mask is None:
+                continue
+            state |= {name: state[segment.name] * mask for name in segment.names}
+            for of_slot in kept.values():
+                of_slot[segment.name] = of_slot[segment.name] * mask
+        self._put(state, kept)
+        inner = self.compressor.inner if isinstance(self.compressor, Pruned) else self.compressor
+        inner.load_state_dict({k: calls for k, calls in inner.state_dict().items() if k.startswith("calls/")})
+        self._use(Pruned(inner, masks))
+        self.discard()
+        return masks
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def compressor_state(self) -> tuple[str, State]:
+        return self.compressor.spec, self.compressor.state_dict()
+
+    def restore_compressor(self, state: State) -> None:
+        pruned = isinstance(self.compressor, Pruned)
+        if not pruned and any(name.startswith("mask/") for name in state):
+            self._use(Pruned(self.compressor, {}))
+        self.compressor.load_state_dict(state)
+        self._use(self.compressor)  # sizes are told anew
