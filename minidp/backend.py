@@ -28,6 +28,7 @@ __all__ = [
     "generator",
     "meter",
     "register_array_type",
+    "seed_sequence",
     "synchronize",
     "to_numpy",
 ]
@@ -109,8 +110,13 @@ def generator(seed: int, *key: int | str) -> np.random.Generator:
     no global generator is read or written. Strings enter by their CRC-32 (Python's own ``hash`` differs
     between processes). Different keys, also one that continues another, give independent streams.
     """
+    return np.random.default_rng(seed_sequence(seed, *key))
+
+
+def seed_sequence(seed: int, *key: int | str) -> np.random.SeedSequence:
+    """What the generator at `key` grows from: for other kinds of generators than NumPy's default."""
     path = tuple(zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in key)
-    return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=path))
+    return np.random.SeedSequence(int(seed), spawn_key=path)
 
 
 class Meter:

@@ -10,13 +10,17 @@ import numpy as np
 from minidp.backend import Array, array_module, asarray
 
 
+# Of each byte its bits, one to a byte, as one number of 64 bits: eight numbers are looked up at once.
+_EIGHTS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).view(np.uint64).reshape(-1)
+
+
 def packed_nbytes(count: int, bits: int) -> int:
     """Bytes of ``count`` numbers of so many bits: each bit plane is filled up to whole bytes."""
     return bits * -(-count // 8)
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """Numbers 0 … 2^bits − 1, uint8, flat: their lowest bits, eight to a byte, then the next ones, …
+    """The lowest ``bits`` bits of uint8 numbers, flat: all lowest ones, eight to a byte, then the next ones, …
 
     A byte holds its first number in its highest bit. Eight bits are the numbers themselves.
     """
@@ -31,10 +35,19 @@ def unpack(data: Array, bits: int, count: int) -> Array:
     if bits == 8:
         return data
     xp, stride = array_module(data), -(-count // 8)
-    codes = xp.unpackbits(data[:stride])
-    for plane in range(1, bits):
-        codes |= xp.unpackbits(data[plane * stride : (plane + 1) * stride]) << plane
-    return codes[:count]
+    eights = xp.zeros(stride, np.uint64)
+    for plane in range(bits):
+        eights |= like(_EIGHTS << plane, data).take(data[plane * stride : (plane + 1) * stride])
+    return eights.view(np.uint8)[:count]
+
+
+def unpack_signed(data: Array, bits: int, count: int) -> Array:
+    """What `pack` was given as int8 seen as uint8: −2^(bits−1) … 2^(bits−1) − 1."""
+    codes = unpack(data, bits, count)
+    if bits == 8:
+        return codes.view(np.int8)
+    sign = np.uint8(1 << (bits - 1))
+    return (codes ^ sign).view(np.int8) - np.int8(sign)
 
 
 # --- positions --------------------------------------------------------------------------------------------------

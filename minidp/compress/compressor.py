@@ -121,8 +121,9 @@ class Compressor(ABC):
     def _decode(self, payload: Payload) -> Array:
         """A new flat array of the payload's size and dtype."""
 
-    def _random(self, key: str, call: int) -> np.random.Generator:
-        return backend.generator(self.seed, "compress", key, call, self.rank)
+    def _random(self, key: str, call: int) -> np.random.BitGenerator:
+        """The fastest of NumPy's: SFC64 makes 64 bits in 1.7 ns, PCG64 in 2.2."""
+        return np.random.SFC64(backend.seed_sequence(self.seed, "compress", key, call, self.rank))
 
     # -- for all -----------------------------------------------------------------------------------------
 
@@ -180,7 +181,9 @@ class Compressor(ABC):
         """Go on from there. ValueError for what this compressor knows nothing of."""
         found = chosen(state, "calls")
         if unknown := set(state) - set(found) - {"seed"}:
-            raise ValueError(f"{self!r} has no {', '.join(sorted(unknown))}: load it by the compressor that saved it")
+            raise ValueError(
+                f"{self!r} has no {', '.join(sorted(unknown))}: load it by the compressor that saved it"
+            )
         self.seed = int(state.get("seed", self.seed))
         self._calls = Counter({name.removeprefix("calls/"): int(calls) for name, calls in found.items()})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -75,7 +75,7 @@ class PowerSGD(Compressor):
         if array.ndim < 2 or array.size == 0:
             return False
         rows = array.shape[0]
-        return (rows + array.size // rows) * self.approximation_rank < array.size
+        return bool((rows + array.size // rows) * self.approximation_rank < array.size)
 
     def _start(self, m: Array, key: str) -> Array:
         """Q of the last call, or one by chance that all ranks have."""
@@ -109,7 +109,7 @@ class Alone:
     def gather(self, payload: Payload) -> list[Payload]:
         return [payload]
 
-    def scatter(self, payloads: list[Payload]) -> list[Payload]:
+    def scatter(self, payloads: Sequence[Payload]) -> list[Payload]:
         return list(payloads)
 
 

@@ -41,9 +41,7 @@ def magnitude_masks(
         return {name: _mask(array.reshape(-1), density).reshape(array.shape) for name, array in matrices.items()}
     mask = _mask(np.concatenate([array.reshape(-1) for array in matrices.values()]), density)
     ends = np.cumsum([array.size for array in matrices.values()])[:-1]
-    return {
-        name: part.reshape(array.shape) for (name, array), part in zip(matrices.items(), np.split(mask, ends))
-    }
+    return {name: part.reshape(array.shape) for (name, array), part in zip(matrices.items(), np.split(mask, ends))}
 
 
 def _mask(flat: np.ndarray, density: float) -> np.ndarray:

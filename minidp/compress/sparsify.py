@@ -13,6 +13,9 @@ from minidp.compress.bits import like, pack_positions, unpack_positions
 from minidp.compress.compressor import Compressor, Payload, Route
 
 
+CHUNK = 2**17  # elements: what is in work fits the cache
+
+
 def checked_density(density: Any) -> float:
     """TypeError, ValueError unless it is the part of the numbers that is kept."""
     try:
@@ -82,22 +85,27 @@ class TopK(Compressor):
 def largest_positions(flat: Array, k: int) -> Array:
     """Where the k numbers of the largest magnitude are, ascending; of equal ones the first. int64.
 
-    A sample tells about how large they must be, one pass finds the few that are, and these are sorted. Equal to
-    `largest_positions_simply`.
+    Equal to `largest_positions_simply`. A sample tells about how large they must be, one pass finds the few that
+    are, and among these the k-th is looked for.
     """
     xp, d = array_module(flat), flat.size
-    if not 0 < k < d // 8 or d < 4096 or flat.dtype.hasobject:
+    if not 0 < k <= d // 16 or d < 4096 or flat.dtype.hasobject:
         return largest_positions_simply(flat, k)
-    magnitudes = xp.abs(flat)
-    sample = magnitudes[:: max(1, d // 16384)]
-    # Lower than the k-th largest is likely to be, by 4 deviations of the sample's count.
-    wanted = k / d * sample.size
-    rank = min(sample.size, math.ceil(wanted + 4 * math.sqrt(wanted) + 4))
+    sample = xp.abs(flat[:: max(1, d // 16384)])
+    # Lower than the k-th largest is likely to be: by four deviations of how many of the sample are larger.
+    expected = k / d * sample.size
+    rank = min(sample.size, math.ceil(expected + 4 * math.sqrt(expected) + 4))
     threshold = xp.partition(sample, sample.size - rank)[sample.size - rank]
-    some = xp.flatnonzero(magnitudes >= threshold)
+    some = xp.concatenate(
+        [xp.flatnonzero(xp.abs(flat[lo : lo + CHUNK]) >= threshold) + lo for lo in range(0, d, CHUNK)]
+    )
     if some.size < k:  # the sample was no picture of the whole
         return largest_positions_simply(flat, k)
-    return some[largest_positions_simply(magnitudes[some], k)]
+    magnitudes = xp.abs(flat[some])
+    kth = xp.partition(magnitudes, some.size - k)[some.size - k]
+    keep = magnitudes > kth
+    keep[xp.flatnonzero(magnitudes == kth)[: k - int(xp.count_nonzero(keep))]] = True
+    return some[keep]
 
 
 def largest_positions_simply(flat: Array, k: int) -> Array:

@@ -19,6 +19,7 @@ import numpy as np
 from minidp.comm.errors import in_words
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
+from minidp.parallel import compressor_state
 from minidp.parallel.checkpoint_files import (
     FORMAT,
     Arrays,
@@ -74,13 +75,14 @@ def save(
     private = strategy.private_state
     private_updates = comm.all_gather_int(strategy.updates, "save updates") if private else None
     private_arrays = _gathered(strategy) if private else {}
+    compressor_arrays, compressor_facts = compressor_state.gathered(strategy)
 
     def written() -> Path:
         if keep < 1:
             raise ValueError(f"keep={keep}: a folder holds at least the checkpoint that is being written")
         arrays = {f"model.{name}": array for name, array in strategy.model.state_dict().items()}
         arrays |= private_arrays if private else _flat(strategy.optimizer_state())
-        arrays |= _flat(strategy.outer_state(), "outer.")
+        arrays |= _flat(strategy.outer_state(), "outer.") | compressor_arrays
         facts = {
             "format": FORMAT,
             "updates": strategy.updates,
@@ -92,6 +94,7 @@ def save(
             "slots": list(strategy.optimizer.slots),
             "private_updates": private_updates,  # of each rank; None where ranks have no states of their own
             "outer": _outer_facts(strategy),
+            "compress": compressor_facts,
             "server_updates": strategy.server_updates(),
             "surroundings": surroundings(),
         }
@@ -109,12 +112,13 @@ def load(strategy: Stateful, place: Path, generators: Mapping[str, np.random.Gen
     states: list[dict[str, Any]] = facts["generators"]
     mine = states[comm.rank] if generators and len(states) == comm.world_size else {}
     outer = facts.get("outer")  # which files of older versions lack
-    problem, model, state, outer_state = "", {}, {}, {}
+    problem, model, state, outer_state, compressor = "", {}, {}, {}, {}
     try:
         model = _of_model(arrays, strategy)
         state = _of_optimizer(arrays, strategy, facts)
         if outer is not None:
             outer_state = _of_outer(arrays, strategy, outer)
+        compressor = compressor_state.of_compressor(arrays, strategy, facts.get("compress"))
         check_generators(generators or {}, mine, len(states), comm.world_size)
     except ValueError as error:
         problem = str(error)
@@ -125,6 +129,7 @@ def load(strategy: Stateful, place: Path, generators: Mapping[str, np.random.Gen
     strategy.restore(model, state, _updates(strategy, facts), facts["seed"])
     strategy.restore_outer(outer_state, 0 if outer is None else outer["updates"])
     strategy.restore_servers(facts.get("server_updates"))
+    strategy.restore_compressor(compressor)
     for name, generator in (generators or {}).items():
         generator.bit_generator.state = mine[name]
     if comm.rank == 0:

@@ -120,9 +120,6 @@ class CompressedDataParallel(DataParallel):
 
     # -- state -----------------------------------------------------------------------------------------
 
-    def compressor_state(self) -> tuple[str, State]:
-        return self.compressor.spec, self.compressor.state_dict()
-
     def restore_compressor(self, state: State) -> None:
         pruned = isinstance(self.compressor, Pruned)
         if not pruned and any(name.startswith("mask/") for name in state):

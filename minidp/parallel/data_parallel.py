@@ -98,7 +98,9 @@ class DataParallel(Strategy):
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         if micro_shards is not None:
             if compress is not None:
-                raise ValueError(f"micro_shards={micro_shards} gives exact bits, compress={compress!r} does not: drop one")
+                raise ValueError(
+                    f"micro_shards={micro_shards} gives exact bits, compress={compress!r} does not: drop one"
+                )
             check_model(model)
         self._compress = compress
         self._spec = None if compress is None else resolved(compress).spec  # an unknown one is an error here

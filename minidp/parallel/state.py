@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from minidp.comm import Communicator
+from minidp.compress import Compressor
 from minidp.nn import Layout, Module
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
@@ -36,6 +37,8 @@ class Stateful(ABC):
     outer: Optimizer | None = None
     """A second optimizer, which acts on averages of ranks: its state is the same on all."""
     outer_updates: int = 0
+    compressor: Compressor | None = None
+    """What gradients are compressed by on this rank, if they are."""
     _layers: LayerState
     _poison: BaseException | None = None
     _released: bool = False
@@ -67,7 +70,7 @@ class Stateful(ABC):
 
         Rank 0 writes parameters, buffers, the optimizer's state, the number of updates and the seed of dropout.
         The file appears whole or not at all. All ranks raise what rank 0 met, such as OSError. Where ranks have
-        states of their own (LocalSGD, Hogwild) it writes those of all, which they send; and where they have
+        states of their own (LocalSGD, Hogwild; residuals of compression) it writes those of all, which they send; and where they have
         parameters of their own these are averaged first (LocalSGD), which is part of the training.
 
         Args:
@@ -133,6 +136,11 @@ class Stateful(ABC):
 
     def restore_outer(self, state: Mapping[str, StateDict], updates: int) -> None:  # noqa: B027
         """Go on with this state of ``outer``, the same on every rank; empty: zeros. After ``restore``."""
+
+    def restore_compressor(self, state: StateDict) -> None:
+        """Let ``compressor`` go on from this state of it; empty: anew. After ``restore``."""
+        if self.compressor is not None:
+            self.compressor.load_state_dict(state)
 
     def consolidate(self) -> None:  # noqa: B027
         """Make all ranks hold the same model, where they do not; ``save`` begins with it. Collective."""

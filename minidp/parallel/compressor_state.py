@@ -1,0 +1,68 @@
+"""What compressors remember, in checkpoints: residuals, counters of calls, PowerSGD's Q, masks.
+
+Each rank has errors of its own, so each takes its own again. Where there are none, such as with ``int8`` alone, any
+number of ranks can go on.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minidp.comm import Communicator
+
+if TYPE_CHECKING:
+    from minidp.parallel.present import Group
+    from minidp.parallel.state import Stateful
+
+Arrays = dict[str, np.ndarray]
+
+
+def gathered(strategy: Stateful) -> tuple[Arrays, dict[str, Any] | None]:
+    """By the names of the file, on rank 0, and the facts of it; ({}, None) without compression. Collective."""
+    if strategy.compressor is None:
+        return {}, None
+    everybody = _at_rank_0(strategy.group, strategy.compressor.state_dict())
+    arrays = {f"compress@{r}.{name}": array for r, state in enumerate(everybody) for name, array in state.items()}
+    return arrays, {"spec": strategy.compressor.spec, "ranks": strategy.group.world_size}
+
+
+def of_compressor(arrays: Mapping[str, np.ndarray], strategy: Stateful, facts: dict[str, Any] | None) -> Arrays:
+    """This rank's, for ``Compressor.load_state_dict``; ValueError if what others have not got would be lost."""
+    if facts is None:
+        return {}
+    rank, ranks = strategy.group.rank, strategy.group.world_size
+    errors = any("residual/" in name for name in arrays if name.startswith("compress@"))
+    here = None if strategy.compressor is None else strategy.compressor.spec
+    fits = here == facts["spec"] and (ranks == facts["ranks"] or not errors)
+    pruned = any("mask/" in name for name in arrays if name.startswith("compress@"))
+    if (errors and not fits) or (pruned and here is None):
+        what = " and ".join(["residuals"] * errors + ["masks of pruned weights"] * pruned)
+        raise ValueError(
+            f"the checkpoint holds {what} of compress={facts['spec']!r} on {facts['ranks']} ranks, here is "
+            f"compress={here!r} on {ranks}: load it by the same, or give its parameters alone, model.<name> of "
+            "nn.load_file(…), to strategy.load_state_dict"
+        )
+    prefix = f"compress@{rank if ranks == facts['ranks'] else 0}."
+    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return own if fits else {name: a for name, a in own.items() if name.startswith(("mask/", "shape/"))}
+
+
+def _at_rank_0(group: Group, obj: Any) -> list[Any]:
+    """Everybody's, in rank order, on rank 0; nothing elsewhere. Collective."""
+    if not isinstance(group, Communicator):
+        everybody = group.all_gather_object(obj, "save compressors")
+        return everybody if group.rank == 0 else []
+    data = np.frombuffer(pickle.dumps(obj), np.uint8)
+    sizes = group.all_gather_int(len(data), "save compressors")
+    if group.rank:
+        group.send(data, 0)
+        return []
+    arrived = [data]
+    for src, size in enumerate(sizes[1:], 1):
+        arrived.append(np.empty(size, np.uint8))
+        group.recv(arrived[-1], src)
+    return [pickle.loads(each.tobytes()) for each in arrived]
