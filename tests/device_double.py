@@ -46,6 +46,7 @@ class DeviceArray:
     ndim = property(lambda self: self._host.ndim)
     size = property(lambda self: self._host.size)
     nbytes = property(lambda self: self._host.nbytes)
+    itemsize = property(lambda self: self._host.itemsize)
     strides = property(lambda self: self._host.strides)
     flags = property(lambda self: Flags(self._host.flags))
     T = property(lambda self: wrap(self._host.T))
@@ -82,6 +83,9 @@ class DeviceArray:
 
     def __bool__(self) -> bool:
         return bool(read_scalar(self))
+
+    def tolist(self) -> Any:
+        return self._host.tolist()
 
     def get(self) -> np.ndarray:
         return self._host.copy()
@@ -122,7 +126,7 @@ def _operator(name: str) -> Any:
         return wrap(function(unwrap(other), self._host))
 
     def in_place(self: DeviceArray, other: Any) -> Any:
-        getattr(operator, "i" + name, function)(self._host, unwrap(other))
+        getattr(operator, "i" + name.strip("_"), function)(self._host, unwrap(other))
         return self
 
     return forward, reflected, in_place
@@ -132,15 +136,17 @@ def _unary(function: Any) -> Any:
     return lambda self: wrap(function(self._host))
 
 
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod"):
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod", "lshift", "rshift"):
     _forward, _reflected, _in_place = _operator(_name)
     setattr(DeviceArray, f"__{_name}__", _forward)
     setattr(DeviceArray, f"__r{_name}__", _reflected)
     setattr(DeviceArray, f"__i{_name}__", _in_place)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(DeviceArray, f"__{_name}__", _operator(_name)[0])
-for _name in ("or_", "and_"):
-    setattr(DeviceArray, f"__{_name.strip('_')}__", _operator(_name)[0])
+for _name in ("or_", "and_", "xor"):
+    _forward, _reflected, _in_place = _operator(_name)
+    setattr(DeviceArray, f"__{_name.strip('_')}__", _forward)
+    setattr(DeviceArray, f"__i{_name.strip('_')}__", _in_place)
 for _name in ("neg", "abs", "invert"):
     setattr(DeviceArray, f"__{_name}__", _unary(getattr(operator, _name)))
 
@@ -161,6 +167,7 @@ def _method(name: str, allowed: tuple[str, ...]) -> Any:
 _METHODS = {
     "sum": ("axis", "dtype", "out", "keepdims"),
     "mean": ("axis", "dtype", "out", "keepdims"),
+    "std": ("axis", "dtype", "out", "ddof", "keepdims"),
     "max": ("axis", "out", "keepdims"),
     "min": ("axis", "out", "keepdims"),
     "any": ("axis", "out", "keepdims"),
@@ -225,6 +232,62 @@ def as_strided(x: DeviceArray, shape: Any, strides: Any) -> DeviceArray:
     return DeviceArray(np.lib.stride_tricks.as_strided(x._host, shape, strides))
 
 
+def dot(a: DeviceArray, b: DeviceArray) -> DeviceArray:
+    """Stays on the device. A GPU has no floating-point warnings."""
+    with np.errstate(all="ignore"):
+        return wrap(np.dot(a._host, b._host))
+
+
+def clip(a: DeviceArray, a_min: Any, a_max: Any, out: DeviceArray | None = None) -> DeviceArray:
+    result = np.clip(a._host, unwrap(a_min), unwrap(a_max), out=None if out is None else out._host)
+    return wrap(result) if out is None else out
+
+
+def stable(kind: str | None) -> str:
+    """CuPy sorts by radix or merge: equal elements stay in order, and no other ``kind`` is taken."""
+    if kind not in (None, "stable"):
+        raise ValueError("kind can only be None or 'stable'")
+    return "stable"
+
+
+def argsort(a: DeviceArray, axis: int = -1, kind: str | None = None) -> DeviceArray:
+    return wrap(np.argsort(a._host, axis=axis, kind=stable(kind)))
+
+
+def sort(a: DeviceArray, axis: int = -1, kind: str | None = None) -> DeviceArray:
+    return wrap(np.sort(a._host, axis=axis, kind=stable(kind)))
+
+
+def partition(a: DeviceArray, kth: int) -> DeviceArray:
+    """Only the element at ``kth`` is where sorting would put it; of the others only the side is said."""
+    host = np.sort(a._host)
+    return wrap(np.concatenate([host[:kth][::-1], host[kth : kth + 1], host[kth + 1 :][::-1]]))
+
+
+def repeat(a: DeviceArray, repeats: int | list[int]) -> DeviceArray:
+    if isinstance(repeats, DeviceArray):
+        raise ValueError("cupy.ndarray cannot be specified as `repeats` argument.")
+    assert isinstance(repeats, int | list | tuple), "repeats: int, list or tuple"
+    return wrap(np.repeat(a._host, repeats))
+
+
+def packbits(a: DeviceArray, bitorder: str = "big") -> DeviceArray:
+    """No ``axis``: of the flat array."""
+    if a.dtype.kind not in "biu":
+        raise TypeError("Expected an input array of integer or boolean data type")
+    return wrap(np.packbits(a._host.ravel(), bitorder=bitorder))
+
+
+def unpackbits(a: DeviceArray, bitorder: str = "big") -> DeviceArray:
+    """No ``axis``, no ``count``."""
+    return wrap(np.unpackbits(a._host.ravel(), bitorder=bitorder))
+
+
+def qr(a: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
+    q, r = np.linalg.qr(a._host)
+    return wrap(q), wrap(r)
+
+
 def _like(function: Any) -> Any:
     return lambda x, dtype=None: wrap(function(x._host, dtype=dtype))
 
@@ -234,7 +297,8 @@ def _made(function: Any) -> Any:
 
 
 _UFUNCS = ["add", "subtract", "multiply", "divide", "negative", "exp", "log", "sqrt", "tanh"]
-_UFUNCS += ["maximum", "minimum", "reciprocal", "matmul", "copysign", "isfinite"]
+_UFUNCS += ["maximum", "minimum", "reciprocal", "matmul", "copysign", "isfinite", "isinf", "square"]
+_UFUNCS += ["rint", "floor", "sign", "nextafter", "right_shift", "bitwise_and"]
 xp = SimpleNamespace(
     __name__="device_double",
     ndarray=DeviceArray,
@@ -250,6 +314,19 @@ xp = SimpleNamespace(
     broadcast_to=lambda x, shape: wrap(np.broadcast_to(x._host, shape)),
     zeros_like=_like(np.zeros_like),
     empty_like=_like(np.empty_like),
+    full_like=lambda x, value, dtype=None: wrap(np.full_like(x._host, value, dtype=dtype)),
+    dot=dot,
+    clip=clip,
+    argsort=argsort,
+    sort=sort,
+    partition=partition,
+    repeat=repeat,
+    packbits=packbits,
+    unpackbits=unpackbits,
+    bincount=lambda x, weights=None, minlength=None: wrap(np.bincount(unwrap(x), unwrap(weights), minlength or 0)),
+    concatenate=lambda arrays, axis=0: wrap(np.concatenate([a._host for a in arrays], axis=axis)),
+    count_nonzero=lambda x: wrap(np.count_nonzero(x._host)),
+    linalg=SimpleNamespace(qr=qr),
     **{name: _made(getattr(np, name)) for name in ("zeros", "ones", "empty", "full", "arange")},
     **{name: Ufunc(getattr(np, name)) for name in _UFUNCS},
 )

@@ -119,7 +119,7 @@ def global_state(room: str, tree: ast.AST) -> list[str]:
             and isinstance(node.value, ast.Attribute)
             and node.value.attr == "random"
         ):
-            allowed = ("Generator", "SeedSequence", "default_rng", "PCG64", "Philox")
+            allowed = ("BitGenerator", "Generator", "SeedSequence", "default_rng", "PCG64", "Philox", "SFC64")
             found += [f"random.{node.attr}"] * (node.attr not in allowed)
     return found + ["import random"] * ("random" in imported(tree))
 

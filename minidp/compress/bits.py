@@ -9,14 +9,13 @@ import numpy as np
 
 from minidp.backend import Array, array_module, asarray
 
-
 # Of each byte its bits, one to a byte, as one number of 64 bits: eight numbers are looked up at once.
 _EIGHTS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).view(np.uint64).reshape(-1)
 
 
 def packed_nbytes(count: int, bits: int) -> int:
     """Bytes of ``count`` numbers of so many bits: each bit plane is filled up to whole bytes."""
-    return bits * -(-count // 8)
+    return count if bits == 8 else bits * -(-count // 8)
 
 
 def pack(codes: Array, bits: int) -> Array:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from minidp.backend import Array, array_module
-from minidp.compress.compressor import Compressor, Payload, Route
+from minidp.compress.compressor import Compressor, Payload, Route, narrowed
 
 CHUNK = 2**17  # elements: what is in work fits the cache, and Python's part of the time is small
 
@@ -35,8 +35,8 @@ class Identity(Compressor):
 class Float16(Compressor):
     """``"fp16"``: 11 bits of precision, magnitudes 6e-8 to 65504; to nearest, ties to even.
 
-    Wire: float16. Summed: in float32, the sum is rounded to float16 again. |error| ≤ 2⁻¹¹ |x|, or 3e-8 where |x| is
-    below 6e-5. ValueError for what is larger than 65504: `BFloat16` has float32's range.
+    Wire: float16. Summed: in float32, the sum is rounded to float16 again. |error| ≤ 2⁻¹¹ |x|, or 3e-8 where |x|
+    is below 6e-5. ValueError for what is larger than 65504: `BFloat16` has float32's range.
     """
 
     route: ClassVar[Route] = "sum"
@@ -63,8 +63,8 @@ class Float16(Compressor):
 class BFloat16(Compressor):
     """``"bf16"``: float32's upper half: its range, 8 bits of precision; to nearest, ties to even.
 
-    Wire: uint16. The owners of parts sum in float32. |error| ≤ 2⁻⁹ |x| each time. With ``"bf16:truncate"`` the lower half
-    is cut off, in one pass: |error| < 2⁻⁸ |x|, always towards zero.
+    Wire: uint16. The owners of parts sum in float32. |error| ≤ 2⁻⁸ |x| each time. With ``"bf16:truncate"`` the
+    lower half is cut off, in one pass: |error| < 2⁻⁷ |x|, always towards zero.
     """
 
     route: ClassVar[Route] = "owners"
@@ -76,9 +76,13 @@ class BFloat16(Compressor):
 
     def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
         xp = array_module(flat)
-        u = flat.astype(np.float32, copy=False).view(np.uint32)
+        with np.errstate(over="ignore"):
+            single = flat.astype(np.float32, copy=False)
+        if flat.dtype.itemsize > 4 and not bool(xp.isfinite(single).all()):
+            raise ValueError(f"{key} holds {float(xp.abs(flat).max()):g}, beyond float32's 3.4e38")
+        u = single.view(np.uint32)
         if self.truncate:
-            return (xp.ascontiguousarray(u.view(np.uint16)[1::2]),)
+            return (u.view(np.uint16)[1::2].copy(),)
         out, work = xp.empty(u.size, np.uint16), xp.empty(min(CHUNK, u.size), np.uint32)
         for lo in range(0, u.size, CHUNK):
             part = u[lo : lo + CHUNK]
@@ -89,6 +93,9 @@ class BFloat16(Compressor):
             xp.add(t, part, out=t)
             xp.right_shift(t, 16, out=t)
             out[lo : lo + CHUNK] = t.astype(np.uint16)
+        magnitudes = out & 0x7FFF
+        if out.size and int(magnitudes.max()) >= 0x7F80:  # rounded up to infinity: the largest number is nearer
+            out[magnitudes >= 0x7F80] -= 1
         return (out,)
 
     def _decode(self, payload: Payload) -> Array:
@@ -96,7 +103,7 @@ class BFloat16(Compressor):
         xp = array_module(upper)
         halves = xp.zeros(2 * upper.size, np.uint16)
         halves[1::2] = upper
-        return halves.view(np.float32).astype(payload.dtype, copy=False)
+        return narrowed(halves.view(np.float32), payload.dtype)
 
     @property
     def spec(self) -> str:

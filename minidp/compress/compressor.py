@@ -1,4 +1,5 @@
-"""g' = compress(g): what every compressor is, and the three ways in which N ranks add up what they have compressed.
+"""g' = compress(g): what every compressor is, and the three ways in which N ranks add up what they have
+compressed.
 
     sum         payloads are of one kind on all ranks, and are added as they are        2(N−1)/N · c bytes a rank
     gather      everybody gets everybody's payload, and adds up what it means           (N−1) · c
@@ -16,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -85,6 +87,8 @@ class Compressor(ABC):
     route: ClassVar[Route] = "gather"
     steady: ClassVar[bool] = True
     """Whether all payloads of arrays of one shape have the same sizes."""
+    votes: bool = False
+    """Whether payloads are signs, and together what most of them say."""
     bytes_per_element: ClassVar[float] = 16.0
     """Read and written by ``compress``, counted as passes over arrays, for float32: what the meter is told."""
 
@@ -95,7 +99,8 @@ class Compressor(ABC):
     # -- for one -----------------------------------------------------------------------------------------
 
     def compress(self, array: Array, key: str) -> Payload:
-        """The payload of ``array`` (any shape, real floating point): the ``calls``-th of this key.
+        """The payload of ``array`` (any shape, real floating point): a copy, what ``array`` becomes later changes
+        nothing.
 
         Raises: TypeError for integers, booleans and complex numbers; ValueError for NaN or infinity; both name
             the key.
@@ -173,7 +178,8 @@ class Compressor(ABC):
     # -- what it remembers -------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """All that later calls depend on, as host arrays by name: ``seed``, ``calls/<key>``, what subclasses add."""
+        """All that later calls depend on, as host arrays by name: ``seed``, ``calls/<key>``, what subclasses
+        add."""
         calls = {f"calls/{key}": np.array(calls, np.int64) for key, calls in self._calls.items()}
         return {"seed": np.array(self.seed, np.int64)} | calls
 
@@ -196,9 +202,16 @@ class Compressor(ABC):
         return self
 
     @property
+    @abstractmethod
     def spec(self) -> str:
-        """What `get` makes such a one of."""
-        raise NotImplementedError
+        """What `get` makes such a one of, but for what names can't tell, such as a block's length."""
+
+    def describe(self) -> tuple[Any, ...]:
+        """What must be equal on all ranks."""
+        mine = {k: v for k, v in sorted(vars(self).items()) if k[0] != "_" and k not in ("rank", "masks")}
+        return type(self).__name__, *(
+            (k, v.describe() if isinstance(v, Compressor) else v) for k, v in mine.items()
+        )
 
     def __repr__(self) -> str:
         return f"compress={self.spec!r}"
@@ -211,7 +224,11 @@ def checked(array: Array, key: str) -> Array:
     if kind not in "fO":
         raise TypeError(f"{key} is {array.dtype}: gradients that are compressed are float16, float32 or float64")
     flat = xp.ascontiguousarray(array).reshape(-1)
-    if kind == "f" and not math.isfinite(xp.dot(flat, flat)):  # the cheapest look; it may overflow by itself
+    with np.errstate(over="ignore", invalid="ignore"):
+        looks_finite = kind != "f" or math.isfinite(
+            xp.dot(flat, flat)
+        )  # the cheapest look; it may overflow itself
+    if not looks_finite:
         bad = ~xp.isfinite(flat)
         if bool(bad.any()):
             element = int(bad.argmax())
@@ -221,11 +238,27 @@ def checked(array: Array, key: str) -> Array:
     return flat
 
 
+def narrowed(flat: Array, dtype: np.dtype[Any]) -> Array:
+    """As ``dtype``: what is beyond the range of a narrower one becomes its largest number."""
+    if flat.dtype == dtype:
+        return flat
+    xp = array_module(flat)
+    if dtype.kind == "f" and dtype.itemsize < flat.dtype.itemsize:
+        most = float(np.finfo(dtype).max)
+        flat = xp.clip(flat, -most, most)
+    return flat.astype(dtype)
+
+
+def in_words(number: float) -> str:
+    """As short as it can be without being another one: 0.01, 1, 2.5."""
+    return repr(float(number)).removesuffix(".0")
+
+
 def cuts(size: int, parts: int) -> list[tuple[int, int]]:
     """Contiguous parts, about equal, that begin at multiples of 64 elements; the last ones may be empty."""
     lines = -(-size // ALIGN)
     edges = [min(size, ALIGN * (lines * j // parts)) for j in range(parts + 1)]
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))
 
 
 def chosen(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

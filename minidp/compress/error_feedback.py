@@ -21,8 +21,8 @@ class ErrorFeedback(Compressor):
     (`Compressor.for_error_feedback`). Memory: one array a key.
 
     Where owners sum parts, each part's sender remembers what was lost in sending, and the owner what was lost of
-    the sum. Source: Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error
-    Feedback Fixes SignSGD", ICML 2019; for owners Tang et al., "DoubleSqueeze", ICML 2019.
+    the sum. Source: Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al.,
+    "Error Feedback Fixes SignSGD", ICML 2019; for owners Tang et al., "DoubleSqueeze", ICML 2019.
     """
 
     def __init__(self, inner: Compressor) -> None:
@@ -31,6 +31,7 @@ class ErrorFeedback(Compressor):
         super().__init__(seed=inner.seed, rank=inner.rank)
         self.inner = inner.for_error_feedback()
         self._residuals: dict[str, Array] = {}
+        self.votes = self.inner.votes
         self.route: Route = self.inner.route  # type: ignore[misc]
         self.steady = self.inner.steady  # type: ignore[misc]
 
@@ -61,12 +62,13 @@ class ErrorFeedback(Compressor):
 
     def _corrected(self, array: Array, key: str) -> Array:
         """g + e, in an array of its own: if compressing fails, e is still what it was."""
-        residual = self._residuals.get(key)
+        residual, p = self._residuals.get(key), array.copy()
         if residual is None:
-            return array.copy()
+            return p
         if residual.shape != array.shape:
             raise ValueError(f"{key} had shape {residual.shape} before, and now {array.shape}: give it a new key")
-        return array + like(residual, array)
+        p += like(residual, array)
+        return p
 
     def belong_to(self, rank: int) -> None:
         super().belong_to(rank)

@@ -19,8 +19,8 @@ class PowerSGD(Compressor):
         P = M Q                 summed over ranks, then orthonormalised
         Q = Mᵀ P                summed over ranks;  M' = P Qᵀ
 
-    Q is the same on all ranks: drawn once by seed and key, and from then on the last call's (a warm start, with which
-    a gradient that hardly changes is approximated ever better). Exact where M has rank ≤ R.
+    Q is the same on all ranks: drawn once by seed and key, and from then on the last call's (a warm start, with
+    which a gradient that hardly changes is approximated ever better). Exact where M has rank ≤ R.
 
     Arrays of more than two dimensions are matrices of shape (first, rest). Vectors, and matrices that would not
     become smaller, travel as they are. Wire: (n + m) R numbers, in two rounds. Summed. Not for parameter servers:
@@ -43,15 +43,16 @@ class PowerSGD(Compressor):
         flat = checked(array, key)
         self._calls[key] += 1
         if not self._is_low(array):
-            own = Payload((flat,), array.shape, np.dtype(array.dtype), key)
+            own = Payload((flat.copy(),), array.shape, np.dtype(array.dtype), key)
             return reducer.sum(flat.copy()).reshape(array.shape), own
-        m = _matrix(flat, array.shape)
+        m, xp = _matrix(flat, array.shape), array_module(flat)
         p = orthonormal(reducer.sum(m @ self._start(m, key)))
         q = m.T @ p
         own = Payload((p.reshape(-1), q.reshape(-1)), array.shape, np.dtype(array.dtype), key)
         q = reducer.sum(q.copy())
-        if bool(q.any()):  # from zeros no power method ever finds anything again
-            self._q[key] = q
+        most = xp.abs(q).max()
+        if bool(most > 0):  # from zeros no power method ever finds anything again
+            self._q[key] = q / most  # as long as the gradient is, M Q would be its square: too small, or too large
         columns = self.approximation_rank
         backend.count(6.0 * m.size * columns, m.nbytes * 3)
         return (p @ q.T).astype(array.dtype, copy=False).reshape(array.shape), own
@@ -66,7 +67,7 @@ class PowerSGD(Compressor):
 
     def _decode(self, payload: Payload) -> Array:
         if len(payload.arrays) == 1:
-            return payload.arrays[0].astype(payload.dtype)
+            return payload.arrays[0].astype(payload.dtype)  # a copy
         p, q = (each.reshape(-1, self.approximation_rank) for each in payload.arrays)
         return (p @ q.T).astype(payload.dtype, copy=False).reshape(-1)
 
@@ -82,8 +83,8 @@ class PowerSGD(Compressor):
         q = self._q.get(key)
         if q is None:
             random = backend.generator(self.seed, "compress", "q", key)
-            q = like(random.standard_normal((m.shape[1], self.approximation_rank)).astype(m.dtype), m)
-        return q
+            q = random.standard_normal((m.shape[1], self.approximation_rank)).astype(m.dtype)
+        return like(q, m)
 
     def state_dict(self) -> State:
         return super().state_dict() | {f"q/{key}": to_numpy(q).copy() for key, q in self._q.items()}

@@ -33,6 +33,17 @@ def _numbered(make: Make, number: Callable[[str], Any], what: str, needed: bool 
     return made
 
 
+def _plain(make: Make) -> Make:
+    """``make``, of which nothing can be chosen."""
+
+    def made(*arguments: str, **who: int) -> Compressor:
+        if arguments:
+            raise ValueError("nothing may follow its name")
+        return make(**who)
+
+    return made
+
+
 def _flagged(make: Make, flag: str) -> Make:
     """``make``, with True for the word after the colon."""
 
@@ -53,12 +64,12 @@ def _topk(*arguments: str, **who: int) -> Compressor:
 
 
 _MAKERS: dict[str, tuple[str, Make]] = {
-    "none": ("none", _numbered(Identity, str, "nothing", needed=False)),
-    "fp16": ("fp16", Float16),
+    "none": ("none", _plain(Identity)),
+    "fp16": ("fp16", _plain(Float16)),
     "bf16": ("bf16, bf16:truncate", _flagged(BFloat16, "truncate")),
     "int8": ("int8, int8:stochastic", _flagged(Int8, "stochastic")),
     "qsgd": ("qsgd:LEVELS", _numbered(QSGD, int, "a number of levels")),
-    "sign": ("sign", Sign),
+    "sign": ("sign", _plain(Sign)),
     "terngrad": ("terngrad, terngrad:CLIP", _numbered(TernGrad, float, "a number", needed=False)),
     "topk": ("topk:DENSITY, topk:DENSITY:owners", _topk),
     "randomk": ("randomk:DENSITY", _numbered(RandomK, float, "a density")),

@@ -22,7 +22,8 @@ def magnitude_masks(
     """Which weights stay: the part ``density`` of all, those of the largest magnitude; of equal ones the first.
 
     Args:
-        weights: name → array, as of ``state_dict()``. Only matrices and kernels are pruned, not vectors: biases and
+        weights: name → array, as of ``state_dict()``. Only matrices and kernels are pruned, not vectors: biases
+        and
             norms are few, and each matters.
         scope: ``"global"``: of all weights together; ``"each"``: this part of each array.
 
@@ -63,6 +64,7 @@ class Pruned(Compressor):
     def __init__(self, inner: Compressor, masks: Mapping[str, np.ndarray]) -> None:
         super().__init__(seed=inner.seed, rank=inner.rank)
         self.inner, self.masks = inner, {name: np.asarray(mask, bool) for name, mask in masks.items()}
+        self.votes = inner.votes
         self.route: Route = inner.route  # type: ignore[misc]
         self.steady = inner.steady  # type: ignore[misc]
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from minidp.backend import Array, array_module
 from minidp.compress.bits import like, pack, unpack_signed, whole
-from minidp.compress.compressor import Compressor, Payload, Route
+from minidp.compress.compressor import Compressor, Payload, Route, in_words, narrowed
 
 CHUNK = 2**18  # elements: best of 2^15 to 2^18; smaller is more Python than work
 FRACTION_BITS = 23  # of a random number: as many as float32 has
-TINY = 1e-30  # float32: below it a reciprocal times 2^23 overflows
+TINY = 1e-30  # of float32 steps: 2^-23 of a smaller one is no number to divide by
 
 
 class Quantizer(Compressor):
@@ -69,6 +69,8 @@ class Quantizer(Compressor):
                 divisor = xp.where(step == 0, like(np.ones(1, kind), step), step)[:, None]
                 target[...] = nearest(rows, divisor) if random is None else at_random(rows, divisor, random)
                 steps[at] = self._shrunk(rows, step, divisor) if self.shrinks else step
+        if not kind.hasobject and not bool(xp.isfinite(steps).all()):
+            raise ValueError(f"{key} is so long that its norm is beyond {kind}: {self.spec} can't quantise it")
         return steps, pack(levels.view(np.uint8), self.bits)
 
     def _decode(self, payload: Payload) -> Array:
@@ -80,7 +82,7 @@ class Quantizer(Compressor):
             for at, (source, target) in in_rows(block, levels, out):
                 target[...] = source
                 target *= steps[at][:, None]
-        return out.astype(payload.dtype, copy=False)
+        return narrowed(out, payload.dtype)
 
     @staticmethod
     def _shrunk(rows: Array, step: Array, divisor: Array) -> Array:
@@ -90,7 +92,7 @@ class Quantizer(Compressor):
         fraction = y - whole(y, math.floor, "floor")
         squares, variance = (y * y).sum(axis=1), (fraction * (1 - fraction)).sum(axis=1)
         total = squares + variance
-        return step * squares / xp.where(total == 0, like(np.ones(1, total.dtype), total), total)
+        return step * (squares / xp.where(total == 0, like(np.ones(1, total.dtype), total), total))
 
 
 class Int8(Quantizer):
@@ -118,8 +120,9 @@ class QSGD(Quantizer):
     """``"qsgd:S"``: S levels, a step of ‖bucket‖₂ / S, at random: unbiased.
 
     Variance of a bucket v of d elements: (‖v‖²/S²) Σ f(1 − f), f the fractions of S|v_i|/‖v‖: at most
-    min(d/S², √d/S) ‖v‖². So smaller buckets are more exact. Wire: ``"qsgd:4"``: 9 levels, 4 bits a number, and a step a
-    bucket of 512, as in the paper's experiments. Source: Alistarh et al., "QSGD", NIPS 2017, section 3.1 and 5.
+    min(d/S², √d/S) ‖v‖². So smaller buckets are more exact. Wire: ``"qsgd:4"``: 9 levels, 4 bits a number, and a
+    step a bucket of 512, as in the paper's experiments. Source: Alistarh et al., "QSGD", NIPS 2017, section 3.1
+    and 5.
     """
 
     def __init__(self, levels: int = 4, block: int | None = 512, *, seed: int = 0, rank: int = 0) -> None:
@@ -129,7 +132,8 @@ class QSGD(Quantizer):
         if rows.dtype.hasobject:
             raise TypeError("QSGD takes square roots, which Python objects (Fractions) do not have")
         # A single number is as long as its row: to rounding, or twice that.
-        return shares(norms(rows) * rows.dtype.type(1 + 2**-21), self.levels)
+        with np.errstate(over="ignore"):
+            return shares(norms(rows) * rows.dtype.type(1 + 2**-21), self.levels)
 
     @property
     def spec(self) -> str:
@@ -142,8 +146,9 @@ class QSGD(Quantizer):
 class TernGrad(Quantizer):
     """``"terngrad"``: −1, 0, 1 times s = max|g|, at random: unbiased, variance s|g_i| − g_i².
 
-    With ``"terngrad:C"`` g is first clipped to ± C σ, σ its standard deviation: less variance, and biased. Wire: 2 bits a
-    number, one step an array. Source: Wen et al., "TernGrad", NIPS 2017, sections 3.1 and 3.3 (there C is 2.5).
+    With ``"terngrad:C"`` g is first clipped to ± C σ, σ its standard deviation (but not below its mean, so that equal
+    numbers are not clipped to 0): less variance, and biased. Wire: 2 bits a number, one step an array. Source: Wen
+    et al., "TernGrad", NIPS 2017, sections 3.1 and 3.3 (there C is 2.5).
     """
 
     def __init__(self, clip: float | None = None, *, seed: int = 0, rank: int = 0) -> None:
@@ -154,7 +159,10 @@ class TernGrad(Quantizer):
 
     def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
         if self.clip is not None and flat.size:
-            xp, bound = array_module(flat), self.clip * flat.std()
+            xp, wide = array_module(flat), flat.astype(np.float64)
+            most = float(xp.abs(wide).max()) or 1.0
+            wide /= most  # so that no square overflows
+            bound = most * min(1.0, max(self.clip * float(wide.std()), abs(float(wide.mean()))))
             flat = xp.clip(flat, -bound, bound)
         return super()._encode(flat, key, call)
 
@@ -163,7 +171,7 @@ class TernGrad(Quantizer):
 
     @property
     def spec(self) -> str:
-        return "terngrad" if self.clip is None else f"terngrad:{self.clip:g}"
+        return "terngrad" if self.clip is None else f"terngrad:{in_words(self.clip)}"
 
     def for_error_feedback(self) -> Compressor:
         return shrunk(TernGrad(self.clip, seed=self.seed, rank=self.rank))
@@ -193,8 +201,8 @@ def in_rows(block: int, *arrays: Array) -> Iterator[tuple[slice, list[Array]]]:
 
 @contextmanager
 def short_buffers(block: int) -> Iterator[None]:
-    """NumPy's buffers no longer than a row: an operation between rows and a column runs at half the speed otherwise
-    (36 instead of 18 GB/s for rows of 2048, NumPy 2.4)."""
+    """NumPy's buffers no longer than a row: an operation between rows and a column runs at half the speed
+    otherwise (36 instead of 18 GB/s for rows of 2048, NumPy 2.4)."""
     before = np.setbufsize(max(16, min(8192, block // 16 * 16)))
     try:
         yield
@@ -210,12 +218,13 @@ def largest(rows: Array) -> Array:
 def norms(rows: Array) -> Array:
     """‖row‖₂, also where squares overflow or vanish."""
     xp = array_module(rows)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         found = xp.sqrt((rows[:, None, :] @ rows[:, :, None]).reshape(-1))  # BLAS: thrice the speed of a sum
     if bool((found < 1e-15).any()) or not bool(xp.isfinite(found).all()):
         most = largest(rows)
         scale = xp.where(most == 0, like(np.ones(1, most.dtype), most), most)
-        found = scale * xp.sqrt(((rows / scale[:, None]) ** 2).sum(axis=1))
+        with np.errstate(over="ignore"):
+            found = scale * xp.sqrt(xp.square(rows / scale[:, None]).sum(axis=1))
     return found
 
 
@@ -224,7 +233,11 @@ def shares(lengths: Array, levels: int) -> Array:
     xp, steps = array_module(lengths), lengths / levels
     if steps.dtype.hasobject:
         return steps
-    return xp.where(steps * levels < lengths, xp.nextafter(steps, xp.full_like(steps, np.inf)), steps)
+    with np.errstate(over="ignore"):
+        products = steps * levels
+        up, down = (xp.nextafter(steps, xp.full_like(steps, to)) for to in (np.inf, 0.0))
+    # All levels of a step must be numbers, too.
+    return xp.where(products < lengths, up, xp.where(xp.isinf(products), down, steps))
 
 
 def nearest(rows: Array, divisor: Array) -> Array:
@@ -243,9 +256,10 @@ def at_random(rows: Array, divisor: Array, random: np.random.BitGenerator) -> Ar
     u = like(raw.view(np.int32), rows).reshape(rows.shape)
     if rows.dtype.hasobject:
         return (whole(rows * 2**FRACTION_BITS / divisor, round, "rint") + u) >> FRACTION_BITS
-    if bool((divisor < TINY).any()):
-        rows, divisor = rows.astype(np.float64), divisor.astype(np.float64)
-    y = rows / (divisor * 0.5**FRACTION_BITS)
+    if rows.dtype.itemsize > 4 or bool((divisor < TINY).any()):
+        y = rows.astype(np.float64) / divisor * 2**FRACTION_BITS
+    else:
+        y = rows / (divisor * 0.5**FRACTION_BITS)  # a pass less
     fixed = array_module(y).rint(y, out=y).astype(np.int32)
     fixed += u
     fixed >>= FRACTION_BITS

@@ -9,7 +9,7 @@ import numpy as np
 
 from minidp.backend import Array, array_module
 from minidp.compress.bits import like
-from minidp.compress.compressor import Compressor, Payload, Route
+from minidp.compress.compressor import Compressor, Payload, Route, narrowed
 
 # All eight signs that a byte stands for: the first number's in the highest bit.
 _EIGHT = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), -1, 1).astype(np.int8)
@@ -19,13 +19,13 @@ class Sign(Compressor):
     """``"sign"``: −1, 0 or 1; of all ranks what most say, 0 where as many say the opposite (majority vote).
 
     sign(0) is 0, so that a parameter without a gradient never moves. The step is η whatever the gradient's length:
-    take a smaller η than for others. It may walk uphill for ever: where the gradient is 4 with probability ¼ and −1
-    with ¾ it goes by the more frequent one. With ``"sign+ef"`` it does not: then signs are times mean|g|, and ranks'
-    are added.
+    take a smaller η than for others. It may walk uphill for ever: where the gradient is 4 with probability ¼ and
+    −1 with ¾ it goes by the more frequent one. With ``"sign+ef"`` it does not: then signs are times mean|g|, and
+    ranks' are added.
 
-    Wire: a bit a number, and as many once more if any number is 0. Owners count the votes; a vote is a sign again, so
-    nothing is lost by that. Source: Bernstein et al., "signSGD", ICML 2018; for ``scaled`` Karimireddy et al., "Error
-    Feedback Fixes SignSGD", ICML 2019.
+    Wire: a bit a number, and as many once more if any number is 0. Owners count the votes; a vote is a sign again,
+    so nothing is lost by that. Source: Bernstein et al., "signSGD", ICML 2018; for ``scaled`` Karimireddy et al.,
+    "Error Feedback Fixes SignSGD", ICML 2019.
     """
 
     route: ClassVar[Route] = "owners"
@@ -35,6 +35,7 @@ class Sign(Compressor):
     def __init__(self, scaled: bool = False, *, seed: int = 0, rank: int = 0) -> None:
         super().__init__(seed=seed, rank=rank)
         self.scaled = scaled
+        self.votes = not scaled
 
     def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
         xp = array_module(flat)
@@ -44,23 +45,23 @@ class Sign(Compressor):
         if not self.scaled:
             return signs, zeros
         kind = np.result_type(np.float32, flat.dtype)
-        mean = xp.abs(flat).sum(dtype=kind if kind == object else np.float64) / max(1, flat.size)
-        return signs, zeros, like(np.array([mean], kind), signs)
+        total = xp.abs(flat).reshape(1, -1).sum(axis=1, dtype=kind if kind.hasobject else np.float64)
+        return (total / max(1, flat.size)).astype(kind), signs, zeros
 
     def _decode(self, payload: Payload) -> Array:
-        signs, zeros, *scale = payload.arrays
+        *scale, signs, zeros = payload.arrays
         xp, size, kind = array_module(signs), payload.size, payload.dtype
         table = like(_EIGHT, signs).astype(scale[0].dtype if scale else kind)
         if scale:
             table = table * scale[0]
-        flat = table.take(signs, axis=0).reshape(-1)[:size].astype(kind, copy=False)
+        flat = narrowed(table.take(signs, axis=0).reshape(-1)[:size], kind)
         if zeros.size:
             flat[xp.unpackbits(zeros)[:size] != 0] = 0
         return flat
 
     def combine(self, payloads: Sequence[Payload]) -> Array:
         total = super().combine(payloads)
-        return total if self.scaled else _sign(total)
+        return array_module(total).sign(total, out=total) if self.votes else total
 
     @property
     def spec(self) -> str:
@@ -68,8 +69,3 @@ class Sign(Compressor):
 
     def for_error_feedback(self) -> Compressor:
         return Sign(scaled=True, seed=self.seed, rank=self.rank)
-
-
-def _sign(array: Array) -> Array:
-    xp = array_module(array)
-    return (array > 0).astype(array.dtype) - (array < 0).astype(array.dtype) if xp is np else xp.sign(array)

@@ -10,8 +10,7 @@ import numpy as np
 from minidp import backend
 from minidp.backend import Array, array_module
 from minidp.compress.bits import like, pack_positions, unpack_positions
-from minidp.compress.compressor import Compressor, Payload, Route
-
+from minidp.compress.compressor import Compressor, Payload, Route, in_words, narrowed
 
 CHUNK = 2**17  # elements: what is in work fits the cache
 
@@ -29,7 +28,7 @@ def checked_density(density: Any) -> float:
 
 def kept(density: float, size: int) -> int:
     """k of so many elements: the density's part, rounded up, so at least one if there is any."""
-    return min(size, math.ceil(density * size - 1e-9))
+    return min(size, max(1, math.ceil(density * size - 1e-9)))
 
 
 class TopK(Compressor):
@@ -79,7 +78,7 @@ class TopK(Compressor):
 
     @property
     def spec(self) -> str:
-        return f"topk:{self.density:g}" + ":owners" * (self.route == "owners")
+        return f"topk:{in_words(self.density)}" + ":owners" * (self.route == "owners")
 
 
 def largest_positions(flat: Array, k: int) -> Array:
@@ -118,9 +117,9 @@ def largest_positions_simply(flat: Array, k: int) -> Array:
 class RandomK(Compressor):
     """``"randomk:DENSITY"``: k = ⌈density · d⌉ numbers at random positions, times d/k: unbiased.
 
-    All ranks choose the same ones in a call, by seed, key and call, so payloads are summed. With error feedback the
-    factor d/k is left out. Wire: k numbers, and the call in 4 bytes, from which receivers know where they belong.
-    Source: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018.
+    All ranks choose the same ones in a call, by seed, key and call, so payloads are summed. With error feedback
+    the factor d/k is left out. Wire: k numbers, and the call in 4 bytes, from which receivers know where they
+    belong. Source: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018.
     """
 
     route: ClassVar[Route] = "sum"
@@ -142,13 +141,15 @@ class RandomK(Compressor):
         values, call = payload.arrays
         flat = array_module(values).zeros(payload.size, payload.dtype)
         where = like(self._positions(payload.key, int(call[0]), payload.size), values)
-        # d and k one after the other: Fractions stay exact.
-        flat[where] = values * payload.size / max(1, values.size) if self.scaled else values
+        if self.scaled:
+            wide = values.dtype if values.dtype.hasobject else np.float64
+            values = narrowed(values.astype(wide) * payload.size / max(1, values.size), payload.dtype)
+        flat[where] = values
         return flat
 
     @property
     def spec(self) -> str:
-        return f"randomk:{self.density:g}"
+        return f"randomk:{in_words(self.density)}"
 
     def for_error_feedback(self) -> Compressor:
         return RandomK(self.density, scaled=False, seed=self.seed, rank=self.rank)

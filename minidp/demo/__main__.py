@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from argparse import Namespace
@@ -13,10 +12,11 @@ from rich.console import Console
 
 import minidp
 from minidp import parallel, trace
-from minidp.demo import compare, goal, report
+from minidp.demo import compare, compare_compressors, goal, report
 from minidp.demo.options import parse
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, fingerprint, train
+from minidp.demo.words import write
 from minidp.launch import cores
 from minidp.sim import Cluster, calibrate
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         save=args.save,
         resume=args.resume,
         until=None if args.until is None else args.until / 100,
+        compress=None if args.survey else args.compress,
     )
     if args.cluster is not None:
         # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
@@ -53,11 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.compare:
             return compare.compare(console, args, job)
+        if args.survey:
+            return compare_compressors.compare(console, args, job)
         report.introduce(console, job, args.workers, cores(), args.cluster)
         if job.until is not None:
             return goal.reach(console, args, job)
         result, events, state = (in_processes if args.cluster is None else virtually)(args, job)
-        result = replace(result, sha256=fingerprints(args.world, job))
+        if job.compress is None:
+            result = replace(result, sha256=fingerprints(args.world, job))
     except minidp.RankFailed as failed:
         if not isinstance(failed.__cause__, parallel.NonFiniteGradient):
             raise
@@ -74,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         window = [event for event in report.last_steps(events, 2) if event.rank in ranks]
         trace.plot_timeline(window, args.plot, title=f"Two steps of {args.workers} workers")
         console.print(f"Timeline: {args.plot}")
-    if args.json:
-        args.json.write_text(json.dumps(report.as_dict(result), indent=2) + "\n")
-        console.print(f"Figures: {args.json}")
+    write(console, args.json, result)
     if args.trace:
         trace.write_chrome(args.trace, events)
         console.print(f"Trace of all ranks: {args.trace} (open it at https://ui.perfetto.dev)")
@@ -98,7 +100,13 @@ def in_processes(args: Namespace, job: Job) -> Runs:
         results = run(args.workers, replace(job, record=args.trace is not None))
         many.append(results[0])
     copies, epochs = args.workers, min(args.epochs, 1 if job.task.large else WEAK_EPOCHS)
-    weak_job = replace(job.alone(), copies=copies, global_batch_size=copies * job.global_batch_size, epochs=epochs)
+    weak_job = replace(
+        job.alone(),
+        copies=copies,
+        global_batch_size=copies * job.global_batch_size,
+        epochs=epochs,
+        compress=job.compress,
+    )
     weak = run(args.workers, weak_job)[0]
     speedup_weak = args.workers * report.steps_per_s([weak]) / report.steps_per_s(one)
     outcome = report.outcome(
@@ -113,7 +121,11 @@ def virtually(args: Namespace, job: Job) -> Runs:
     one = minidp.spawn(train, 1, job.alone(), world="virtual", cluster=_alone(cluster))
     many = minidp.spawn(train, args.workers, replace(job, record=True), world="virtual", cluster=cluster)
     weak_job = replace(job, global_batch_size=args.workers * job.global_batch_size, copies=args.workers)
-    speedup_weak = args.workers * report.step_s(one) / predicted_step_s(weak_job, args.workers, cluster)
+    weak_s = _predicted(weak_job, args.workers, cluster)
+    if weak_s is None:
+        once = replace(weak_job, epochs=1, save=None, resume=None)
+        weak_s = report.step_s(minidp.spawn(train, args.workers, once, world="virtual", cluster=cluster))
+    speedup_weak = args.workers * report.step_s(one) / weak_s
     predicted = predict(args, job, cluster)
     outcome = report.outcome("virtual", job, args.workers, cores(), one, many[:1], speedup_weak, predicted)
     return outcome, [event for result in many for event in result.events], many[0].state
@@ -134,11 +146,22 @@ def fingerprints(world: str, job: Job) -> dict[int, str]:
 def predict(args: Namespace, job: Job, cluster: Cluster) -> tuple[float, float | None]:
     """Seconds of a step by a timing-only run: of one worker, and of all.
 
-    None for what it can't foretell: balanced shares, and messages through queues, which calibration does not time.
+    None for what it can't foretell: balanced shares, and messages through queues, which calibration does not time;
+    nor payloads whose sizes others decide.
     """
-    one = predicted_step_s(job, 1, _alone(cluster))
-    unknown = job.balance or (job.naive and args.cluster is None)
-    return one, None if unknown else predicted_step_s(job, args.workers, cluster)
+    one = predicted_step_s(job.alone(), 1, _alone(cluster))
+    through_queues = job.naive or job.compress is not None
+    unknown = job.balance or (through_queues and args.cluster is None)
+    return one, None if unknown else _predicted(job, args.workers, cluster)
+
+
+def _predicted(job: Job, workers: int, cluster: Cluster) -> float | None:
+    if job.compress is None:
+        return predicted_step_s(job, workers, cluster)
+    try:
+        return predicted_step_s(job, workers, cluster)
+    except NotImplementedError:  # a rehearsal has no peers to send it payloads
+        return None
 
 
 def _alone(cluster: Cluster) -> Cluster:

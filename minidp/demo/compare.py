@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from minidp.demo import comparison_report
 from minidp.demo.strategies import ALL, TARGET, WAYS, Knobs
 from minidp.demo.train import Job
 from minidp.demo.trial import Part, Point, Trial, train_for
+from minidp.demo.words import write
 from minidp.trace.curves import plot_curves
 
 # Copies of rank 0's model in the time of a run. In processes each costs it the time to copy all parameters.
@@ -86,9 +86,7 @@ def compare(console: Console, args: Namespace, job: Job) -> int:
             names=list(WAYS),
         )
         console.print(f"Picture: {args.plot}")
-    if args.json:
-        args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        console.print(f"Figures: {args.json}")
+    write(console, args.json, result)
     return 0
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from minidp.demo import report
 from minidp.demo.strategies import ALL, WAYS
 from minidp.demo.train import Job
+from minidp.demo.words import in_bytes, listed, number, seconds
 from minidp.launch import cores
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def introduce(console: Console, args: Namespace, job: Job, names: list[str]) -> None:
-    workers = f"{args.workers} worker{'s' * (args.workers > 1)}"
+    workers = number(args.workers, "worker")
     served = any(WAYS[name].served for name in names)
-    servers = f" and {args.servers} server{'s' * (args.servers > 1)}" if served else ""
+    servers = f" and {number(args.servers, 'server')}" if served else ""
     what = "who waits for whom?" if args.strategy == ALL else f"{args.strategy} beside synchronous training"
     stale = [name for name in names if WAYS[name].stale]
     console.print(
@@ -32,7 +33,7 @@ def introduce(console: Console, args: Namespace, job: Job, names: list[str]) -> 
     if stale:
         lr = WAYS[stale[0]].lr(job.lr, args.workers)
         console.print(
-            f"        {_listed(stale)}: η/N = {lr:g}, since N workers' gradients are N\n"
+            f"        {listed(stale)}: η/N = {lr:g}, since N workers' gradients are N\n"
             "        updates there, which move w N times as far as one synchronous step",
             highlight=False,
         )
@@ -50,9 +51,9 @@ def introduce(console: Console, args: Namespace, job: Job, names: list[str]) -> 
 
 
 def title(result: Comparison) -> str:
-    workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
+    workers = number(result.workers, "worker")
     if any(WAYS[each.strategy].served for each in result.strategies):
-        workers += f", {result.servers} server{'s' * (result.servers > 1)}"
+        workers += f", {number(result.servers, 'server')}"
     return f"{workers}; {slow}" if (slow := _slow_ones(result)) else workers
 
 
@@ -62,7 +63,7 @@ def _slow_ones(result: Comparison) -> str:
 
 def show(console: Console, result: Comparison) -> None:
     clock = "on the virtual clock" if result.world == "virtual" else "one BLAS thread a worker"
-    table = Table(title=f"{report.seconds(result.limit_s)} of training, {clock}", title_style="bold")
+    table = Table(title=f"{seconds(result.limit_s)} of training, {clock}", title_style="bold")
     target = f"{100 * result.target_accuracy:g}%"
     table.add_column("")
     for header in (
@@ -83,8 +84,8 @@ def show(console: Console, result: Comparison) -> None:
             f"{each.staleness_mean:.1f} ({each.staleness_max})",
             f"{each.loss:.4f}",
             f"{each.test_accuracy:.1%}",
-            report.seconds(each.target_s),
-            report.in_bytes(each.bytes_per_step),
+            seconds(each.target_s),
+            in_bytes(each.bytes_per_step),
         )
     console.print(table)
     for note in explain(result):
@@ -94,7 +95,7 @@ def show(console: Console, result: Comparison) -> None:
 def explain(result: Comparison) -> Iterator[str]:
     """Why the figures are as they are, a paragraph each."""
     by_name = {each.strategy: each for each in result.strategies}
-    made = f"{result.epochs} epoch{'s' * (result.epochs > 1)}"
+    made = number(result.epochs, "epoch")
     epochs = ", ".join(f"{each.strategy} {each.epochs:.0f}" for each in result.strategies)
     yield (
         f"sync made {made}; all others trained until the clock read as much, and whoever is faster saw the data "
@@ -124,7 +125,7 @@ def _waits(result: Comparison, by_name: dict[str, Figures]) -> str:
     bound = [name for name in by_name if WAYS[name].in_step]
     free = [name for name in by_name if WAYS[name].free]
     slow = _slow_ones(result)
-    text = f"Who waits: {_listed(bound)} wait{'s' * (len(bound) == 1)} for the slowest worker"
+    text = f"Who waits: {listed(bound)} wait{'s' * (len(bound) == 1)} for the slowest worker"
     text += f" ({slow})" * bool(slow)
     if "local" in by_name:
         text += f", local every {result.sync_every} steps"
@@ -132,8 +133,8 @@ def _waits(result: Comparison, by_name: dict[str, Figures]) -> str:
         text += f"; so does ssp, as soon as it is {result.staleness_bound} steps ahead"
     text += "."
     if free:
-        gains = _listed([f"{by_name[name].speed_vs_sync:.1f}" for name in free])
-        text += f" {_listed(free)} wait{'s' * (len(free) == 1)} for nobody: {gains} times the samples of sync."
+        gains = listed([f"{by_name[name].speed_vs_sync:.1f}" for name in free])
+        text += f" {listed(free)} wait{'s' * (len(free) == 1)} for nobody: {gains} times the samples of sync."
         if slow:
             most = f"{result.most_speed_vs_sync:.3g} times"
             text += f" Were computing all that takes time, and steady, it would be {most}."
@@ -142,7 +143,3 @@ def _waits(result: Comparison, by_name: dict[str, Figures]) -> str:
     if result.world == "process" and any(WAYS[name].served for name in by_name):
         text += " Servers are processes on this machine, too, and take cores' time."
     return text
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

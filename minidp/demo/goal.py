@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich.console import Console
 
 import minidp
 from minidp.demo import report
 from minidp.demo.train import Job, Result, train
+from minidp.demo.words import number, write
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Reached:
     dataset: str
     world: str
     workers: int
+    compress: str | None
     until: float
     reached: bool
     test_accuracy: float
@@ -38,6 +39,7 @@ class Reached:
             dataset=args.task.dataset,
             world=args.world,
             workers=args.workers,
+            compress=args.compress,
             until=until,
             reached=result.accuracy >= until,
             test_accuracy=result.accuracy,
@@ -49,13 +51,13 @@ class Reached:
 
 
 def show(console: Console, found: Reached) -> None:
-    workers = f"{found.workers} worker{'s' * (found.workers > 1)}"
+    workers = number(found.workers, "worker")
     verdict = "[bold]Reached[/]" if found.reached else f"[yellow]Not reached ({100 * found.until:g}%)[/]"
     clock = "" if found.world == "process" else " on the virtual clock"
     whole = f", {found.whole_s:.1f} s with start, data and tests" if found.world == "process" else ""
     console.print(
-        f"{verdict}: test accuracy [bold]{found.test_accuracy:.2%}[/] after {found.epochs} "
-        f"epoch{'s' * (found.epochs > 1)}, {found.steps} steps.\n"
+        f"{verdict}: test accuracy [bold]{found.test_accuracy:.2%}[/] after "
+        f"{number(found.epochs, 'epoch')}, {found.steps} steps.\n"
         f"{workers} trained for [bold]{found.training_s:.1f} s[/]{clock} "
         f"({found.steps / found.training_s:.1f} steps/s){whole}.",
         highlight=False,
@@ -74,7 +76,5 @@ def reach(console: Console, args: Namespace, job: Job) -> int:
     show(console, found)
     if job.task.model == "transformer":
         report.show_writing(console, result.state)
-    if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
-        console.print(f"Figures: {args.json}")
+    write(console, args.json, found)
     return int(not found.reached)

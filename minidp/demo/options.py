@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minidp.demo import strategy_options
+from minidp.demo import compress_options, strategy_options
 from minidp.demo.tasks import FITTING, MODELS, Task
 from minidp.demo.train import DEFAULT_LR, OPTIMIZERS
 from minidp.launch import cores
@@ -108,10 +108,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="draw to FILE (.png, .svg, .pdf): in the virtual world the timeline of two steps; with --strategy "
-        "how loss falls with time, and staleness",
+        "how loss falls with time, and staleness; with --compress all accuracy against bytes and time",
     )
-    add("--world", choices=("process", "virtual"), help="(default: process; virtual for --strategy all)")
+    add(
+        "--world",
+        choices=("process", "virtual"),
+        help="(default: process; virtual for --strategy all and --compress all)",
+    )
     strategy_options.add_to(parser)
+    compress_options.add_to(parser)
     add = parser.add_argument_group("the virtual cluster (--world virtual)").add_argument
     add(
         "--straggler",
@@ -122,12 +127,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "one, 5 times)",
     )
     add("--flops", type=float, help="a second, of each worker (default: 1e10)")
-    add("--bandwidth", type=float, help="bytes a second, of a node's port (default: 1.25e9)")
+    add(
+        "--bandwidth",
+        type=float,
+        help="bytes a second, of a node's port (default: 1.25e9; for --compress all 1.25e8)",
+    )
     add("--latency", type=float, help="of a message, in seconds (default: 5e-6)")
     add("--jitter", type=float, help="spread of computing times (default: 0; with --strategy 0.1)")
     add("--topology", choices=("switch", "ring", "fat_tree"), help="how nodes are wired (default: switch)")
     add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1)")
     args = parser.parse_args(argv)
+    compress_options.choose(parser, args)
     strategy_options.choose(parser, args)
     _choose_task(parser, args)
     _check(parser, args)
@@ -148,7 +158,7 @@ def _choose_task(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         args.samples = len(task.load()[0])
     except (OSError, ValueError) as error:
         parser.error(f"--dataset {dataset}: {error}")
-    usual = task.defaults
+    usual = compress_options.usual(args, task)
     args.optimizer = args.optimizer or usual.optimizer
     if args.lr is None:
         args.lr = usual.lr if args.optimizer == usual.optimizer else DEFAULT_LR[args.optimizer]
@@ -214,7 +224,7 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
         if args.plot is not None and not args.compare:
             parser.error("--plot draws the timeline of a virtual cluster: add --world virtual")
         return None
-    for name, default in (_CLUSTER | strategy_options.cluster(args)).items():
+    for name, default in (_CLUSTER | strategy_options.cluster(args) | compress_options.cluster(args)).items():
         if name not in given:
             setattr(args, name, default)
     if args.ranks_per_node < 1:

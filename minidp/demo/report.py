@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from minidp import data, nn
+from minidp.demo import compression_report, compressors
 from minidp.demo.tasks import Task
 from minidp.demo.train import Job, Result
+from minidp.demo.words import in_bytes, number, seconds
 from minidp.sim import Cluster
 from minidp.trace import Event, as_text
-from minidp.trace.lanes import time_unit
 
 LANES = 8  # of a timeline in the terminal
 ALIKE = 0.05  # relative, of losses after steps that rounding has driven apart
@@ -40,7 +40,9 @@ class Outcome:
     epochs: int
     optimizer: str
     lr: float
+    lr_workers: float
     strategy: str
+    compress: str | None
     steps: int
     steps_per_s_one_worker: float
     steps_per_s: float
@@ -51,6 +53,8 @@ class Outcome:
     predicted_step_s_one_worker: float
     predicted_step_s: float | None
     bytes_per_step: float
+    bytes_per_step_float32: float
+    """What they would have sent without ``compress``."""
     loss_one_worker: float
     loss: float
     test_accuracy_one_worker: float
@@ -62,7 +66,7 @@ class Outcome:
     resumed_at: int | None
     """The steps that a checkpoint of the workers had; ``steps`` are those made after it."""
     sha256: dict[int, str] = field(default_factory=dict)
-    """Of w after a few updates with micro-shards, by number of workers: the same for all."""
+    """Of w after a few updates with micro-shards, by number of workers: all the same. Not with ``compress``."""
 
 
 def steps_per_s(results: list[Result]) -> float:
@@ -102,7 +106,9 @@ def outcome(
         epochs=job.epochs,
         optimizer=job.optimizer,
         lr=job.lr,
+        lr_workers=job.lr_workers,
         strategy="NaiveDataParallel" if job.naive else "DataParallel",
+        compress=job.compress,
         steps=many[0].steps,
         steps_per_s_one_worker=single,
         steps_per_s=several,
@@ -113,6 +119,7 @@ def outcome(
         predicted_step_s_one_worker=predicted[0],
         predicted_step_s=predicted[1],
         bytes_per_step=many[0].bytes_per_step,
+        bytes_per_step_float32=compressors.float32_bytes(job.task, workers),
         loss_one_worker=one[0].loss,
         loss=many[0].loss,
         test_accuracy_one_worker=one[0].accuracy,
@@ -126,17 +133,24 @@ def outcome(
 
 def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Cluster | None) -> None:
     shares = " + ".join(f"n_{i}" for i in range(1, min(workers, 3) + 1)) + (" + …" if workers > 3 else "")
-    question = f"do {workers} worker{'s' * (workers > 1)} equal one, and how much faster?"
+    question = f"do {number(workers, 'worker')} equal one, and how much faster?"
     if job.until is not None:
-        question = f"how long do {workers} worker{'s' * (workers > 1)} take to {100 * job.until:g}% test accuracy?"
+        question = f"how long do {number(workers, 'worker')} take to {100 * job.until:g}% test accuracy?"
+    elif job.compress is not None:
+        question = f"{number(workers, 'worker')}, gradients as {job.compress}: what is saved, and what is lost?"
+    mean, gap = "∇L = Σ n_i ∇L_i / Σ n_i", "   "
+    if job.compress is not None:
+        mean, gap = "∇L ≈ Σ compress(n_i ∇L_i / Σ n_i)", "\n        "
     rule = "w ← w − η ∇L" if job.optimizer in ("sgd", "momentum") else job.optimizer.capitalize()
     console.print(
         f"[bold]minidp[/]: {question}\n\n{material(job)}"
         f"  step  B = {job.global_batch_size} samples are cut into {shares} = B; worker i computes\n"
         "        ∇L_i on its own n_i samples; then, all together,\n"
-        f"        [bold]∇L = Σ n_i ∇L_i / Σ n_i[/]   and   [bold]{rule}[/]   ({rate(job)})\n",
+        f"        [bold]{mean}[/]{gap}and   [bold]{rule}[/]   ({rate(job)})\n",
         highlight=False,
     )
+    if job.compress is not None:
+        console.print(compression_report.sent(job), highlight=False, markup=False)
     if cluster is not None:
         console.print(describe(cluster), highlight=False)
     elif workers > cores:
@@ -172,12 +186,12 @@ def show(console: Console, result: Outcome, task: Task) -> None:
     threads = "one BLAS thread a worker" if result.world == "process" else "on the virtual clock"
     more = "" if result.resumed_at is None else "more "
     table = Table(
-        title=f"{result.steps} {more}steps, {result.epochs} epoch{'s' * (result.epochs > 1)}, {threads}",
+        title=f"{result.steps} {more}steps, {number(result.epochs, 'epoch')}, {threads}",
         title_style="bold",
     )
     table.add_column("")
     table.add_column("1 worker", justify="right")
-    table.add_column(f"{result.workers} worker{'s' * (result.workers > 1)}", justify="right", style="bold")
+    table.add_column(number(result.workers, "worker"), justify="right", style="bold")
     predicted_by = "predicted, by calibration" if result.world == "process" else "predicted, by a timing-only run"
     rows: list[tuple[str, str, str]] = [
         ("steps / s", f"{result.steps_per_s_one_worker:.1f}", f"{result.steps_per_s:.1f}"),
@@ -190,6 +204,8 @@ def show(console: Console, result: Outcome, task: Task) -> None:
         ("test accuracy", f"{result.test_accuracy_one_worker:.1%}", f"{result.test_accuracy:.1%}"),
         ("max|Δw| / max|w|", "0", f"{result.relative_difference:.1e}"),
     ]
+    if result.compress is not None:
+        rows.insert(6, ("without compression, float32", "0 B", in_bytes(result.bytes_per_step_float32)))
     if result.shares is not None:
         least, most = min(result.shares), max(result.shares)
         rows.insert(1, ("share of a batch, least … most", "100%", f"{least:.1%} … {most:.1%}"))
@@ -201,9 +217,11 @@ def show(console: Console, result: Outcome, task: Task) -> None:
 
 def explain(result: Outcome, classes: int) -> str:
     """What the figures mean; the model guesses among so many ``classes``."""
-    workers = f"{result.workers} worker{'s' * (result.workers > 1)}"
+    workers = number(result.workers, "worker")
     chance = math.log(classes)  # the loss of guessing
-    if not max(result.loss, result.loss_one_worker) < chance:
+    if result.compress is not None:
+        same = compression_report.compressed(result, chance)
+    elif not max(result.loss, result.loss_one_worker) < chance:
         same = f"[yellow]Neither learnt: η = {result.lr:g} is too large, so rounding grows with each step.[/]"
     elif result.micro_shards is not None and result.relative_difference == 0:
         same = f"{workers} and one end at the same w, to the last bit."
@@ -222,13 +240,15 @@ def explain(result: Outcome, classes: int) -> str:
         faster = "It was not faster: no core for each worker, or a busy machine."
     if result.resumed_at is not None:
         same += f"\nThe {workers} went on from step {result.resumed_at}; the one was never interrupted."
-        return f"\n{same}\n\n{identical(result.sha256)}"  # of a part of the steps no speed-up can be told
-    return (
-        f"\n{same}\n{faster}\n"
-        "Strong: the same work, cut into N parts. Weak: N times the work.\n"
-        "The mean is weighted by n_i, so every N and every cut gives the same ∇L.\n\n"
-        f"{identical(result.sha256)}"
-    )
+        faster = ""  # of a part of the steps no speed-up can be told
+    else:
+        faster += "\nStrong: the same work, cut into N parts. Weak: N times the work."
+    if result.compress is not None:
+        where = f"\n\n{compression_report.WHERE}" * (result.world == "process")
+        return f"\n{same}\n{faster}".rstrip() + where
+    if faster:
+        faster = f"\n{faster}\nThe mean is weighted by n_i, so every N and every cut gives the same ∇L."
+    return f"\n{same}{faster}\n\n{identical(result.sha256)}"
 
 
 def identical(sha256: dict[int, str]) -> str:
@@ -267,13 +287,6 @@ def show_timeline(console: Console, events: list[Event], cluster: Cluster) -> No
     console.print(as_text(window, width=min(64, console.width - 16)), highlight=False, markup=False)
 
 
-def seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    unit_s, unit = time_unit(value, digits=3)
-    return f"{value / unit_s:.3g} {unit}"
-
-
 def show_writing(console: Console, state: dict[str, np.ndarray]) -> None:
     """What the transformer writes by itself, with the workers' w."""
     train_set, _ = data.load_text()
@@ -282,15 +295,3 @@ def show_writing(console: Console, state: dict[str, np.ndarray]) -> None:
     written = model.generate(train_set.encode(PROMPT), WRITTEN, temperature=0.8)
     console.print(f"\n[bold]It writes[/], from {PROMPT.strip()!r} on, a character at a time:\n", highlight=False)
     console.print(train_set.decode(written), style="italic", highlight=False, markup=False)
-
-
-def as_dict(result: Outcome) -> dict[str, Any]:
-    return asdict(result)
-
-
-def in_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GB"

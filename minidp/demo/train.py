@@ -15,6 +15,7 @@ import numpy as np
 
 from minidp import data, nn, no_grad, optim, parallel, trace
 from minidp.comm import Communicator
+from minidp.demo.compressors import rate
 from minidp.demo.tasks import Task
 from minidp.nn import functional as F
 
@@ -47,10 +48,19 @@ class Job:
     """A folder of checkpoints: go on from the newest."""
     until: float | None = None
     """End after the first epoch with this test accuracy."""
+    compress: str | None = None
+    """What the gradients of several workers travel as."""
+    seed: int = 0
+    """Of the first w, of the order of samples, and of compressors that round at random."""
 
     def alone(self) -> Job:
         """The same for who shares with nobody, and neither keeps nor uses checkpoints."""
-        return replace(self, balance=False, save=None, resume=None)
+        return replace(self, balance=False, save=None, resume=None, compress=None)
+
+    @property
+    def lr_workers(self) -> float:
+        """η, which is another where gradients travel without their length."""
+        return rate(self.lr, self.optimizer, self.compress)
 
     def load(self) -> tuple[data.ArrayDataset, data.ArrayDataset]:
         """(train, test), the former so many times over."""
@@ -61,11 +71,13 @@ class Job:
 
     def strategy(self, comm: Communicator) -> parallel.Strategy:
         """Model, optimizer and strategy: the same w everywhere."""
-        model = self.task.build()
-        optimizer = OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr)
+        model = self.task.build().initialize(self.seed)
+        optimizer = OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr_workers)
         if self.naive:
             return parallel.NaiveDataParallel(model, optimizer, comm)
-        return parallel.DataParallel(model, optimizer, comm, micro_shards=self.micro_shards)
+        return parallel.DataParallel(
+            model, optimizer, comm, micro_shards=self.micro_shards, compress=self.compress
+        )
 
 
 @dataclass
@@ -96,7 +108,7 @@ def train(comm: Communicator, job: Job) -> Result:
         global_batch_size=job.global_batch_size,
         shard=strategy.shard,
         shuffle=True,
-        seed=0,
+        seed=job.seed,
         weights=weights,
     )
     resumed_at = None if job.resume is None else strategy.load(job.resume).updates
@@ -143,7 +155,7 @@ def fingerprint(comm: Communicator, job: Job, updates: int) -> str:
     train_set, _ = job.load()
     strategy = job.strategy(comm)
     loader = data.DataLoader(
-        train_set, global_batch_size=job.global_batch_size, shard=strategy.shard, shuffle=True, seed=0
+        train_set, global_batch_size=job.global_batch_size, shard=strategy.shard, shuffle=True, seed=job.seed
     )
     while strategy.updates < updates:
         epoch, step = divmod(strategy.updates, len(loader))

@@ -1,4 +1,5 @@
-"""Synchronous data parallelism in which payloads travel in place of gradients: g' = compress(g) (article 3.4.1, 4.4).
+"""Synchronous data parallelism in which payloads travel in place of gradients: g' = compress(g) (article 3.4.1,
+4.4).
 
     backward        g_i, times n_i
     step            Σ n_i;  then, parameter by parameter, what each rank has of the mean: n_i g_i / Σ n_i
@@ -10,7 +11,7 @@ How a compressor's payloads are added up: ``minidp.compress.compressor``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from minidp.comm import Communicator
 from minidp.comm.reduction import is_half
 from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
 from minidp.compress.compressor import State
-from minidp.parallel.blocks import first_not_finite
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.reducer import CommReducer
 from minidp.parallel.slabs import Flat, Slabs
@@ -29,13 +29,13 @@ class CompressedDataParallel(DataParallel):
     """See ``DataParallel``, which yields this class where ``compress`` is given, in every world.
 
     Guarantees across ranks: the same bits of w after every step, since all add up the same payloads in the same
-    order. NaN or infinity is found before anything is compressed: NonFiniteGradient on all ranks, and residuals stay
-    as they are. (A sum that overflows though each gradient is finite is found afterwards: what was compressed has
-    left the residuals by then.)
+    order. NaN or infinity is found before anything is compressed: NonFiniteGradient on all ranks, and residuals
+    stay as they are. (A sum that overflows though each gradient is finite is found afterwards: what was compressed
+    has left the residuals by then.)
 
     Cost of a step, c bytes of payloads, N ranks: sent 2(N−1)/N c where payloads are summed or parts have owners,
-    (N−1) c where they are gathered; one or two exchanges a parameter, after backward (nothing is hidden behind it).
-    Each rank updates all of w. Memory a rank: (3 + slots)Ψ, and Ψ for residuals with error feedback.
+    (N−1) c where they are gathered; one or two exchanges a parameter, after backward (nothing is hidden behind
+    it). Each rank updates all of w. Memory a rank: (3 + slots)Ψ, and Ψ for residuals with error feedback.
     """
 
     compressor: Compressor
@@ -65,11 +65,7 @@ class CompressedDataParallel(DataParallel):
     def _reduce_and_update(self, samples: int) -> None:
         own = self._own
         self.layout.zero_unwritten(own)
-        bad = first_not_finite(own) if self.check_finite and samples else -1
-        told = self.comm.all_gather_int(samples if bad < 0 else -1 - bad, "step/gradients")
-        if min(told) < 0:
-            self._raise_first(told, own)
-        total = sum(told)
+        total = sum(self._all_finite(samples, own))
         if total == 0:
             return
         self._layers.gather(self.check_finite, self.updates)
@@ -83,21 +79,15 @@ class CompressedDataParallel(DataParallel):
         if trouble is not None:
             raise self._not_finite(trouble.element, -1, trouble.value)
 
-    def _raise_first(self, told: list[int], own: Flat) -> None:
-        """All ranks raise the same: the first element that is not finite, told by the rank that has it."""
-        element, rank = min((-1 - number, rank) for rank, number in enumerate(told) if number < 0)
-        value = self.comm.broadcast_object(float(own[element]), rank, "step/not finite")
-        raise self._not_finite(element, rank, value)
-
     # -- pruning of the model --------------------------------------------------------------------------
 
     def prune(self, density: float, scope: Literal["global", "each"] = "global") -> dict[str, np.ndarray]:
         """Keep only the largest weights, the part ``density`` of all matrices' (see `magnitude_masks`). The masks.
 
-        The others are 0 from now on, as is their part of the optimizer's state: their gradients do not travel, and no
-        rule moves what has none. The masks are the same on all ranks, and part of checkpoints. May be called again,
-        with a lower density. Residuals begin anew. Sends nothing, but collective: all ranks prune between the same
-        steps.
+        The others are 0 from now on, as is their part of the optimizer's state: their gradients do not travel, and
+        no rule moves what has none. The masks are the same on all ranks, and part of checkpoints. May be called
+        again, with a lower density. Residuals begin anew. Sends nothing, but collective: all ranks prune between
+        the same steps.
         """
         if self.in_step:
             raise RuntimeError("prune in the middle of a step: call strategy.step() or discard() first")
@@ -108,7 +98,7 @@ class CompressedDataParallel(DataParallel):
             mask = masks.get(segment.name)
             if mask is None:
                 continue
-            state |= {name: state[segment.name] * mask for name in segment.names}
+            state |= dict.fromkeys(segment.names, state[segment.name] * mask)
             for of_slot in kept.values():
                 of_slot[segment.name] = of_slot[segment.name] * mask
         self._put(state, kept)

@@ -1,7 +1,7 @@
 """What compressors remember, in checkpoints: residuals, counters of calls, PowerSGD's Q, masks.
 
-Each rank has errors of its own, so each takes its own again. Where there are none, such as with ``int8`` alone, any
-number of ranks can go on.
+Each rank has errors of its own, so each takes its own again. Where there are none, such as with ``int8`` alone,
+any number of ranks can go on.
 """
 
 from __future__ import annotations

@@ -44,8 +44,10 @@ class DataParallel(Strategy):
         model, optimizer: built alike on every rank; the optimizer from ``model.parameters()``.
         comm: the ranks that train together. Where they share no memory (``not comm.shares_memory``) this class
             yields a ``BucketedDataParallel``: the same in messages.
-        compress: a ``minidp.compress.Compressor`` or the name of one, such as ``"int8"`` or ``"topk:0.01+ef"``: that is
-            what gradients travel as, and this class yields a ``CompressedDataParallel``. Not with ``micro_shards``.
+        compress: a ``minidp.compress.Compressor`` or the name of one, such as ``"int8"`` or ``"topk:0.01+ef"``:
+        that is
+            what gradients travel as, and this class yields a ``CompressedDataParallel``. Not with
+            ``micro_shards``.
         accumulation_steps: backwards that may be added up before a step.
         micro_shards: V, a power of two that the number of ranks divides: the bits of w are then the same for every
             such number, on one machine and library build (see ``micro_shards.py``). The global batch must be the
@@ -103,7 +105,7 @@ class DataParallel(Strategy):
                 )
             check_model(model)
         self._compress = compress
-        self._spec = None if compress is None else resolved(compress).spec  # an unknown one is an error here
+        self._described = None if compress is None else resolved(compress).describe()  # names are checked here
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._pieces = pieces(self.layout, 0, self.layout.size)
@@ -150,7 +152,7 @@ class DataParallel(Strategy):
         self._slabs.flip()
 
     def _options(self) -> tuple[Any, ...]:
-        return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum, self._spec)
+        return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum, self._described)
 
     def release(self) -> None:
         super().release()

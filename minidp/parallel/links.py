@@ -12,8 +12,10 @@ import cloudpickle
 import numpy as np
 
 from minidp.comm.endpoint import Endpoint
+from minidp.compress import Compressor
 from minidp.nn import Layout
 from minidp.nn.layout import ALIGNMENT_BYTES
+from minidp.parallel.parcels import Parcel, parts_of
 from minidp.parallel.session import Opening
 from minidp.parallel.slabs import Flat
 from minidp.parallel.wire import REQUEST, Mail, Op, Reply, Request, Status, begin
@@ -41,17 +43,31 @@ class Links:
 
     Args:
         turn: the server that this worker begins with.
+        push, pull: how gradients, and changes of w, travel; None: as they are.
 
     Attributes:
         slices: (lo, hi) of the flat parameters, of each server.
         digest: of the layout; it goes with every push.
+        bytes_sent, bytes_received: of gradients and parameters, until now.
     """
 
-    def __init__(self, endpoint: Endpoint, session: int, layout: Layout, turn: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        session: int,
+        layout: Layout,
+        turn: int,
+        push: Compressor | None = None,
+        pull: Compressor | None = None,
+    ) -> None:
         self._comm, self._servers, self._session = endpoint.comm, list(endpoint.servers), session
         self._turn = turn
         self._dtype = layout.dtype
         self.slices = server_slices(layout.size, layout.itemsize, len(self._servers))
+        parts = [parts_of(layout, j, *bounds) for j, bounds in enumerate(self.slices)]
+        self.push = None if push is None else [Parcel(push, each, layout.dtype) for each in parts]
+        self.pull = None if pull is None else [Parcel(pull, each, layout.dtype) for each in parts]
+        self.bytes_sent = self.bytes_received = 0
         self.digest = int.from_bytes(blake2b(repr(layout.describe()).encode(), digest_size=7).digest())
         self._mail = Mail(self._comm)
 
@@ -81,10 +97,14 @@ class Links:
 
     def _exchange(self, request: Request, gradient: Flat | None, w: Flat, which: slice) -> list[Reply]:
         requests, contents = [], []
-        for lo, hi in self.slices[which]:
-            size = 0 if gradient is None else hi - lo
+        for j, (lo, hi) in list(enumerate(self.slices))[which]:
+            content = None
+            if gradient is not None:
+                content = gradient[lo:hi] if self.push is None else self.push[j].pack(gradient[lo:hi])
+                self.bytes_sent += content.nbytes
+            size = 0 if content is None else len(content)
             requests.append(request._replace(session=self._session, size=size, digest=self.digest))
-            contents.append([] if gradient is None else [gradient[lo:hi]])
+            contents.append([] if content is None else [content])
         self._ask(requests, contents, which)
         return self._answers(w, which)
 
@@ -162,9 +182,18 @@ class Links:
     def _answers(self, w: Flat | None = None, which: slice = slice(None)) -> list[Reply]:
         """Every server's reply, with its slice of ``w`` if that comes too."""
         replies = []
-        for server, (lo, hi) in zip(self._servers[which], self.slices[which]):
-            reply = self._mail.reply(server)
+        for j, (lo, hi) in list(enumerate(self.slices))[which]:
+            reply = self._mail.reply(self._servers[j])
             if reply.size and w is not None:
-                self._mail.content(server, w[lo:hi])
+                self._receive(j, reply.size, w[lo:hi])
             replies.append(reply)
         return replies
+
+    def _receive(self, j: int, size: int, w: Flat) -> None:
+        """Server j's slice of w, or by how much it has changed."""
+        if self.pull is None:
+            self.bytes_received += self._mail.content(self._servers[j], w).nbytes
+            return
+        packed = self._mail.contents(self._servers[j], size)
+        self.bytes_received += packed.nbytes
+        w += self.pull[j].unpack(packed, np.empty_like(w))

@@ -20,12 +20,14 @@ import numpy as np
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import CollectiveMismatch, Communicator, RankLost
+from minidp.compress import Compressor, ErrorFeedback, resolved
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel.blocks import first_not_finite
 from minidp.parallel.buckets import runs
 from minidp.parallel.delay import Correction
 from minidp.parallel.links import Links
+from minidp.parallel.parcels import checked_for_servers
 from minidp.parallel.present import Group, Present
 from minidp.parallel.served import Rule
 from minidp.parallel.server_options import ServerOptions
@@ -64,6 +66,10 @@ class ParameterServer(Strategy):
             takes two round trips, if there are several. At most 62 workers.
         nominal_batch: n̄, the number of samples that counts as one gradient; default: the mean of the workers'
             first batches, of those that have pushed so far. Not for staleness 0, which divides by Σ n_i.
+        compress: a ``minidp.compress.Compressor`` or the name of one: what gradients are pushed as. Not PowerSGD.
+        compress_pull: the same for what comes back, which then is by how much w has changed since the last time;
+        what
+            compression has dropped is in the next change. This worker's w is near the servers', not equal to it.
         accumulation_steps: backwards that may be added up before a push.
         check_finite: NonFiniteGradient rather than a push that holds NaN or infinity: with staleness 0 on all
             workers, otherwise on this one alone. The servers know nothing of such a gradient then. (Sums of finite
@@ -76,7 +82,8 @@ class ParameterServer(Strategy):
 
     Cost of a step, n bytes of parameters: n sent and n received a worker, 2nN/M through each server, in one round
     trip. Memory of a server: its slice of w and of the state, and N slices more: of gradients with staleness 0,
-    otherwise of what each worker was given; and up to N of gradients that have come while another one is handled.
+    otherwise (and with ``compress_pull``) of what each worker was given; and up to N of gradients that have come
+    while another one is handled. With ``compress`` c bytes of payloads are sent in place of n.
 
     Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", OSDI 2014; for SSP
     Ho et al., NIPS 2013; for backup workers Chen et al., "Revisiting Distributed Synchronous SGD", 2016.
@@ -97,6 +104,8 @@ class ParameterServer(Strategy):
         delay_compensation: float | Correction | None = None,
         backup_workers: int = 0,
         nominal_batch: float | None = None,
+        compress: Compressor | str | None = None,
+        compress_pull: Compressor | str | None = None,
         accumulation_steps: int = 1,
         check_finite: bool = True,
     ) -> None:
@@ -109,6 +118,8 @@ class ParameterServer(Strategy):
             comm.world_size, staleness, staleness_aware, delay_compensation, backup_workers, nominal_batch
         )
         self.together = options.together
+        push, pull = checked_for_servers(compress, "compress"), checked_for_servers(compress_pull, "compress_pull")
+        self._compress = push, pull
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
         self._loss = 0.0
         self._slabs = Slabs(self.layout, (), None)
@@ -121,7 +132,13 @@ class ParameterServer(Strategy):
         number = self.comm.broadcast_object(endpoint.next_session(), 0, "ParameterServer session")
         ranks = self.comm.all_gather_int(endpoint.comm.rank, "ParameterServer ranks")
         turn = self.comm.rank * len(endpoint.servers) // self.comm.world_size
-        self._links = Links(endpoint, number, self.layout, turn)
+        if compress is not None:
+            self._mean = np.empty_like(w)
+            self.compressor = resolved(compress, self.seed, self.comm.rank)
+        if pull is not None:
+            # What a worker has not been given yet is remembered by the servers, in every case.
+            pull = pull.inner if isinstance(pull, ErrorFeedback) else pull.for_error_feedback()
+        self._links = Links(endpoint, number, self.layout, turn, self.compressor, pull)
         if self.comm.rank == 0:
             openings = [self._opening(tuple(ranks), j, *slice_) for j, slice_ in enumerate(self._links.slices)]
             self._links.open(openings, w)
@@ -141,11 +158,13 @@ class ParameterServer(Strategy):
             runs=tuple(runs(layout, groups, [(lo, hi)])),
             dtype=layout.dtype,
             digest=self._links.digest,
-            rule=Rule(optimizer.without_parameters(), options.staleness_aware, options.correction),
+            rule=Rule(optimizer.without_parameters(), options.staleness_aware, options.correction, self._votes),
             staleness=options.staleness,
             backups=options.backup_workers,
             nominal_batch=options.nominal_batch,
             follows=options.backup_workers > 0 and server > 0,
+            push=None if self._links.push is None else self._links.push[server],
+            pull=None if self._links.pull is None else self._links.pull[server],
             turn=server * len(ranks) // len(self._links.slices),
             holds=shorten(
                 f"elements {lo} to {hi} of the parameters: {', '.join(names) or 'none'}", 120, placeholder=" …"
@@ -153,7 +172,12 @@ class ParameterServer(Strategy):
         )
 
     def _options(self) -> tuple[Any, ...]:
-        return (*super()._options(), *self.options.describe())
+        compress = [None if each is None else each.describe() for each in self._compress]
+        return (*super()._options(), *self.options.describe(), *compress)
+
+    @property
+    def _votes(self) -> bool:
+        return self.compressor is not None and self.compressor.votes
 
     # -- a step ------------------------------------------------------------------------------------------
 
@@ -168,6 +192,8 @@ class ParameterServer(Strategy):
     def _reduce_and_update(self, samples: int) -> None:
         gradient = self._slabs.grads[0]
         self.layout.zero_unwritten(gradient)
+        if self.compressor is not None and self.together:
+            self._all_finite(samples, gradient)  # before anybody's residual has taken part in this step
         element = first_not_finite(gradient) if self.check_finite and samples else -1
         if element >= 0 and not self.together:
             raise self._not_finite(element, self.comm.rank, float(gradient[element]))
@@ -186,10 +212,12 @@ class ParameterServer(Strategy):
         with trace.span("push and pull", "wait"):
             # With backup workers it is the first server that tells who is late.
             exchange = self._links.exchange_in_turn if self.options.backup_workers else self._links.exchange
+            if self.compressor is not None and samples:
+                gradient = np.divide(gradient, samples, out=self._mean)  # ∇L_i, so that residuals are of one kind
             replies = exchange(request, gradient if samples else None, self._slabs.params[0])
-        self._read(replies, samples)
+        self._read(replies)
 
-    def _read(self, replies: list[Reply], samples: int) -> None:
+    def _read(self, replies: list[Reply]) -> None:
         """Raise what a server has refused; count what has travelled, and how late it was, on each server."""
         for reply in replies:
             if reply.status == Status.NOT_FINITE:
@@ -211,10 +239,8 @@ class ParameterServer(Strategy):
                     f"rank {self.comm.rank} has pushed the gradients of another model than the servers hold"
                 )
         self._staleness.update(reply.staleness for reply in replies if reply.staleness >= 0)
-        lo, hi = self._links.slices[0]  # of a late gradient no more than that has left
-        sent = (hi - lo) * self.layout.itemsize if replies[0].status == Status.LATE else self.layout.nbytes
-        self._exchanged.bytes_sent += sent if samples else 0
-        self._exchanged.bytes_received += self.layout.nbytes
+        self._exchanged.bytes_sent = self._links.bytes_sent
+        self._exchanged.bytes_received = self._links.bytes_received
         self._exchanged.messages_sent += len(replies)
 
     # -- state -------------------------------------------------------------------------------------------

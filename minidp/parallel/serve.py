@@ -110,6 +110,11 @@ class _Server:
         if session is None or not size:
             return None
         dtype = session.opening.dtype
+        if op == Op.PUSH and session.opening.push is not None:
+            parcel = mail.contents(rank, size)
+            if self._fits(request, session):
+                session.unpack(session.opening.workers.index(rank), parcel, request.samples)
+            return None
         if op == Op.PUT:
             return [mail.contents(rank, size, dtype) for _ in range(1 + request.samples)]
         if op == Op.PUSH:
@@ -120,7 +125,8 @@ class _Server:
 
     @staticmethod
     def _fits(request: Request, session: Session) -> bool:
-        return request.digest == session.opening.digest and request.size in (0, len(session.slice.w))
+        whole = session.opening.push is not None or request.size in (0, len(session.slice.w))
+        return whole and request.digest == session.opening.digest
 
     def _handle(self, rank: int, request: Request, content: Any) -> None:
         op = request.op

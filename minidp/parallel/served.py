@@ -16,6 +16,7 @@ from minidp.comm.reduction import is_half
 from minidp.optim import Optimizer
 from minidp.parallel.blocks import BLOCK_BYTES, divided, exact_scale, sum_in_order
 from minidp.parallel.delay import Correction, slowed
+from minidp.parallel.parcels import Parcel
 from minidp.parallel.slabs import Flat, private
 
 
@@ -27,11 +28,13 @@ class Rule:
         optimizer: without its parameters.
         staleness_aware: a gradient that is τ updates late moves w by η / τ.
         correction: what makes a late gradient less wrong; None: it is applied as it is.
+        votes: gradients are signs, and together the sign of their sum (majority vote).
     """
 
     optimizer: Optimizer
     staleness_aware: bool = False
     correction: Correction | None = None
+    votes: bool = False
 
 
 class ServedSlice:
@@ -88,6 +91,17 @@ class ServedSlice:
             given[...] = self.w
         return given
 
+    def give_change(self, worker: int, parcel: Parcel) -> Flat:
+        """The same as a parcel: by how much w differs from what ``worker`` was given before.
+
+        What is lost in packing is still missing in what it was given, so the next change has it.
+        """
+        self.pulled[worker] = self.version
+        given, change = self.given[worker], self.w - self.given[worker]
+        packed = parcel.pack(change)
+        given += parcel.unpack(packed, change)
+        return packed
+
     def staleness(self, worker: int) -> int:
         """τ: the updates since ``worker`` was given what it computes from."""
         return self.version - self.pulled[worker]
@@ -108,6 +122,8 @@ class ServedSlice:
         for place, group in self._blocks:
             w, length = self.w[place], place.stop - place.start
             g = sum_in_order([part[place] for part in parts], self._work[:length])
+            if rule.votes:
+                g = np.sign(g, out=self._work[:length])
             if scale == 1:
                 g = divided(g, total, self._work[:length], w.dtype)
             if correction is not None and worker is not None:

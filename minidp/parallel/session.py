@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minidp.parallel.clocks import Clocks
+from minidp.parallel.parcels import Parcel
 from minidp.parallel.served import Rule, ServedSlice
 from minidp.parallel.slabs import Flat, private
 from minidp.parallel.wire import Reply, Request, Status
@@ -34,6 +36,7 @@ class Opening:
         turn: the worker that is answered first, where all are: each server begins with another.
         follows: whether another server tells who is in time (`followers.py`).
         holds: in words, what is in the slice.
+        push, pull: how gradients, and changes of w, are packed; None: they are not.
     """
 
     workers: tuple[int, ...]
@@ -49,6 +52,8 @@ class Opening:
     turn: int = 0
     follows: bool = False
     holds: str = ""
+    push: Parcel | None = None
+    pull: Parcel | None = None
 
 
 class Session:
@@ -63,7 +68,7 @@ class Session:
         workers = len(opening.workers)
         self.rounds = opening.staleness == 0
         self._died: set[int] = set()
-        keeps = not self.rounds or opening.backups > 0
+        keeps = not self.rounds or opening.backups > 0 or opening.pull is not None
         self.slice = ServedSlice(opening.lo, opening.hi, opening.runs, opening.dtype, opening.rule, workers, keeps)
         self.clocks = Clocks(workers, opening.staleness)
         self.staleness_sum = self.applied = 0
@@ -74,10 +79,20 @@ class Session:
         self._gathered: dict[int, bytes] = {}
         self._with_w = False
         self._first: dict[int, int] = {}  # each worker's first batch
+        # Alike for all: where all are given the same w, they are given the same bits.
+        self._pull = None if opening.pull is None else [deepcopy(opening.pull) for _ in opening.workers]
+        self._votes = opening.rule.votes
 
     def inbox(self, worker: int) -> Flat:
         """Where the gradient of ``worker`` is to be received."""
         return self._inbox[worker if self.rounds else 0]
+
+    def unpack(self, worker: int, data: Flat, samples: int) -> None:
+        """A parcel with the gradient of ``worker``, of the mean over its samples, into its inbox."""
+        assert self.opening.push is not None
+        inbox = self.opening.push.unpack(data, self.inbox(worker))
+        if not self._votes:
+            inbox *= samples  # n_i ∇L_i
 
     # -- requests ----------------------------------------------------------------------------------------
 
@@ -98,7 +113,8 @@ class Session:
         late = -1
         if request.samples:
             late = self.slice.staleness(worker)
-            self.slice.update([self.inbox(worker)], self._nominal_batch(worker, request.samples), worker)
+            nominal = 1 if self._votes else self._nominal_batch(worker, request.samples)
+            self.slice.update([self.inbox(worker)], nominal, worker)
             self._count(late)
         self._pending[worker] = Reply(Status.DONE, staleness=late, size=1)
         self.clocks.push(worker)
@@ -129,7 +145,7 @@ class Session:
         bad = min(((pushed[w].element, w) for w in came if pushed[w].element >= 0), default=None)
         if bad is None:
             if total:
-                self.slice.update([self.inbox(worker) for worker in came], total)
+                self.slice.update([self.inbox(worker) for worker in came], 1 if self._votes else total)
                 self._count(0)
             else:
                 self.slice.skip()
@@ -164,6 +180,7 @@ class Session:
 
     def put(self, worker: int, w: Flat, state: dict[str, Flat] | None, updates: int | None) -> None:
         self.slice.put(w, state, updates)
+        self._pull_anew()
         self._answer(worker, Reply(Status.DONE))
 
     def state(self, worker: int) -> None:
@@ -204,9 +221,16 @@ class Session:
         if not reply.size:
             self._answer(worker, reply._replace(version=self.slice.version))
             return
-        w = self.slice.give(worker)
-        reply = reply._replace(version=self.slice.version, size=len(w))
-        self._answer(worker, reply, w)
+        if self._pull is None:
+            content = self.slice.give(worker)
+        else:
+            content = self.slice.give_change(worker, self._pull[worker])
+        self._answer(worker, reply._replace(version=self.slice.version, size=len(content)), content)
+
+    def _pull_anew(self) -> None:
+        """All have the whole w, as when a checkpoint is saved or loaded: what is random begins anew, too."""
+        for parcel in self._pull or ():
+            parcel.compressor.load_state_dict({})
 
     def _let_go(self) -> None:
         for worker in self.clocks.let_go():
@@ -220,6 +244,8 @@ class Session:
         data = pickle.dumps(everybody) if any(self._gathered.values()) else b""
         self._gathered.clear()
         self.clocks.come_back()
+        if self._with_w:
+            self._pull_anew()
         for worker, _ in everybody:
             arrays = [np.frombuffer(data, np.uint8), *([self.slice.give(worker)] if self._with_w else [])]
             self._answer(worker, Reply(Status.DONE, self.slice.version, size=len(data)), *arrays)

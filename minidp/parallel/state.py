@@ -70,8 +70,9 @@ class Stateful(ABC):
 
         Rank 0 writes parameters, buffers, the optimizer's state, the number of updates and the seed of dropout.
         The file appears whole or not at all. All ranks raise what rank 0 met, such as OSError. Where ranks have
-        states of their own (LocalSGD, Hogwild; residuals of compression) it writes those of all, which they send; and where they have
-        parameters of their own these are averaged first (LocalSGD), which is part of the training.
+        states of their own (LocalSGD, Hogwild; residuals of compression) it writes those of all, which they send;
+        and where they have parameters of their own these are averaged first (LocalSGD), which is part of the
+        training.
 
         Args:
             position: (epoch, step) of the batch to go on with, where ``loader.position(updates)`` does not tell:

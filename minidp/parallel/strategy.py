@@ -230,6 +230,17 @@ class Strategy(Stateful):
         if element >= 0:
             raise self._not_finite(element, self.comm.rank, float(gradient[element]))
 
+    def _all_finite(self, samples: int, gradient: np.ndarray) -> list[int]:
+        """Everybody's number of samples; with ``check_finite``, NonFiniteGradient on all ranks, the same, if the
+        flat gradient of any holds NaN or infinity. Collective."""
+        bad = first_not_finite(gradient) if self.check_finite and samples else -1
+        told = self.comm.all_gather_int(samples if bad < 0 else -1 - bad, "step/gradients")
+        if min(told) < 0:
+            element, rank = min((-1 - number, rank) for rank, number in enumerate(told) if number < 0)
+            value = self.comm.broadcast_object(float(gradient[element]), rank, "step/not finite")
+            raise self._not_finite(element, rank, value)
+        return told
+
     def _not_finite(self, element: int, rank: int, value: float) -> NonFiniteGradient:
         """What to raise for an element of the flat gradient."""
         (name, *_) = self.layout.names_at(element, element + 1)
