@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minidp import autograd, comm, data, launch, nn, optim, parallel, sim, trace
+    from minidp import autograd, comm, compress, data, launch, nn, optim, parallel, sim, trace
     from minidp.autograd import Tensor, no_grad, tensor
     from minidp.comm import (
         CollectiveMismatch,
@@ -37,7 +37,7 @@ _HOME = {
     "ReduceOp": "minidp.comm",
     "spawn": "minidp.launch",
 }
-_ROOMS = ("autograd", "backend", "comm", "data", "launch", "nn", "optim", "parallel", "sim", "trace")
+_ROOMS = ("autograd", "backend", "comm", "compress", "data", "launch", "nn", "optim", "parallel", "sim", "trace")
 
 __all__ = [
     "CollectiveMismatch",
@@ -50,6 +50,7 @@ __all__ = [
     "Tensor",
     "autograd",
     "comm",
+    "compress",
     "data",
     "launch",
     "nn",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from weakref import ref
 
 import numpy as np
@@ -187,6 +187,13 @@ class Strategy(Stateful):
         self._backwards = self._samples = 0
         self._layers.begin(self.updates)
         self._start_gradients()
+
+    def prune(self, density: float, scope: Literal["global", "each"] = "global") -> dict[str, np.ndarray]:
+        """See ``CompressedDataParallel.prune``."""
+        raise RuntimeError(
+            "weights can be pruned where only some gradients need to travel: build the strategy as "
+            'DataParallel(…, compress="none"), or with another compressor'
+        )
 
     # -- what it counts --------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, whose colours stay apart for colour-blind readers; dashes tell apart what coincides.
 Style = tuple[str, Any]  # colour, dashes as matplotlib has them
-_STYLES: tuple[Style, ...] = (
+STYLES: tuple[Style, ...] = (
     ("black", "-"),
     ("#E69F00", (0, (4, 2))),
     ("#009E73", "-"),
@@ -23,8 +23,8 @@ _STYLES: tuple[Style, ...] = (
     ("#CC79A7", (0, (6, 2, 1.5, 2))),
     ("#56B4E9", "-"),
 )
-_INK, _GRID, _AXIS = "#333333", "#E8E8E8", "#999999"
-_WIDTH, _HEIGHT, _DPI = 10.0, 4.2, 150  # inches
+INK, _GRID, AXIS = "#333333", "#E8E8E8", "#999999"
+_WIDTH, _HEIGHT, DPI = 10.0, 4.2, 150  # inches
 _REST = 0.005  # of all gradients: what is rarer than that is put into the last bar
 
 
@@ -56,7 +56,7 @@ def plot_curves(
     except ImportError as error:
         raise ImportError("plot_curves needs matplotlib, which is missing: pip install matplotlib") from error
 
-    styles = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(dict.fromkeys([*names, *losses]))}
+    styles = {name: STYLES[i % len(STYLES)] for i, name in enumerate(dict.fromkeys([*names, *losses]))}
     shown = {name: counts for name, counts in staleness.items() if sum(counts.values())}
     figure = Figure(figsize=(_WIDTH if shown else 0.62 * _WIDTH, _HEIGHT))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.06)
@@ -67,7 +67,7 @@ def plot_curves(
     for axes in right:
         _draw_staleness(axes, shown, styles)
     if path is not None:
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -76,7 +76,7 @@ def _draw_losses(
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    _frame(axes, "both")
+    frame(axes, "both")
     unit_s, unit = time_unit(max((curve[-1][0] for curve in losses.values() if curve), default=1.0), digits=2)
     for name, curve in losses.items():
         colour, dashes = styles[name]
@@ -88,15 +88,15 @@ def _draw_losses(
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{clock} [{unit}]", size=9, color=_INK)
-    axes.set_title("training loss L(w)", size=10, loc="left", color=_INK)
-    axes.legend(frameon=False, fontsize=9, handlelength=2.6, labelcolor=_INK)
+    axes.set_xlabel(f"{clock} [{unit}]", size=9, color=INK)
+    axes.set_title("training loss L(w)", size=10, loc="left", color=INK)
+    axes.legend(frameon=False, fontsize=9, handlelength=2.6, labelcolor=INK)
 
 
 def _draw_staleness(axes: Axes, counts: Mapping[str, Mapping[int, int]], styles: Mapping[str, Style]) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    _frame(axes, "y")
+    frame(axes, "y")
     last = max(_last(of_run) for of_run in counts.values())
     later = any(late > last for of_run in counts.values() for late in of_run)
     width = 0.84 / len(counts)
@@ -115,9 +115,9 @@ def _draw_staleness(axes: Axes, counts: Mapping[str, Mapping[int, int]], styles:
         ticks, labels = [*ticks, last + 1], [*labels, f">{last}"]
     axes.set_xticks(ticks, labels)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("staleness τ [updates]", size=9, color=_INK)
-    axes.set_title("part of the gradients", size=10, loc="left", color=_INK)
-    axes.legend(frameon=False, fontsize=9, handlelength=1.2, labelcolor=_INK)
+    axes.set_xlabel("staleness τ [updates]", size=9, color=INK)
+    axes.set_title("part of the gradients", size=10, loc="left", color=INK)
+    axes.legend(frameon=False, fontsize=9, handlelength=1.2, labelcolor=INK)
 
 
 def _last(counts: Mapping[int, int]) -> int:
@@ -130,11 +130,11 @@ def _last(counts: Mapping[int, int]) -> int:
     return 0
 
 
-def _frame(axes: Axes, grid: Literal["both", "y"]) -> None:
+def frame(axes: Axes, grid: Literal["both", "y"]) -> None:
     axes.grid(axis=grid, which="major", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, color=_AXIS, labelcolor=_INK)
+    axes.tick_params(labelsize=9, color=AXIS, labelcolor=INK)
     axes.tick_params(which="minor", length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_AXIS)
+        spine.set_color(AXIS)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from minidp.trace.curves import _AXIS, _DPI, _INK, _STYLES, _frame
+from minidp.trace.curves import AXIS, DPI, INK, STYLES, frame
 from minidp.trace.lanes import time_unit
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 _WIDTH, _HEIGHT = 11.0, 4.8  # inches
-_COLOURS = [colour for colour, _ in _STYLES]
+_COLOURS = [colour for colour, _ in STYLES]
 _MARKER = 7.0  # points, as are the next two
 _PLACES = [(x, y) for x in (0, 1, -1) for y in (0, 1, -1) if (x, y) != (0, 0)]
 _REACHES = (10.0, 17.0, 25.0, 34.0, 44.0, 56.0, 70.0)  # from a point to the nearest edge of its name
@@ -85,13 +85,13 @@ def plot_pareto(
         _draw(left, choices, [choice.costs[0] for choice in choices], "sent by a rank in a step [bytes]"),
         _draw(right, choices, [choice.costs[1] / unit_s for choice in choices], f"time of the training [{unit}]"),
     ]
-    left.set_title("test accuracy", size=10, loc="left", color=_INK)
+    left.set_title("test accuracy", size=10, loc="left", color=INK)
     _legend(left, choices, solid)
     figure.draw_without_rendering()  # now everything has its place
     for axes, of_axes in zip((left, right), names):
         _place(axes, of_axes)
     if path is not None:
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -99,13 +99,13 @@ def _draw(axes: Axes, choices: Sequence[Choice], costs: Sequence[float], label: 
     """Points, front and axes of a panel; the names, which have no place yet."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-    _frame(axes, "both")
+    frame(axes, "both")
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.14)
     points = [(cost, choice.worth) for cost, choice in zip(costs, choices)]
     best = [points[at] for at in front(points)]
     corners = [best[0], *(corner for here, then in pairwise(best) for corner in ((then[0], here[1]), then))]
-    axes.plot(*zip(*corners), color=_AXIS, linewidth=1.0, zorder=1.5, gid=_FRONT)
+    axes.plot(*zip(*corners), color=AXIS, linewidth=1.0, zorder=1.5, gid=_FRONT)
     colours = _colours(choices)
     names = []
     for point, choice in zip(points, choices):
@@ -137,7 +137,7 @@ def _draw(axes: Axes, choices: Sequence[Choice], costs: Sequence[float], label: 
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if high > 100 else "{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda worth, _: f"{100 * worth:g}%"))
-    axes.set_xlabel(label, size=9, color=_INK)
+    axes.set_xlabel(label, size=9, color=INK)
     return names
 
 
@@ -162,9 +162,9 @@ def _legend(axes: Axes, choices: Sequence[Choice], solid: tuple[str, str]) -> No
         )
 
     handles = [dot("s", colour, colour, kind) for kind, colour in _colours(choices).items()]
-    handles += [dot("o", _INK, face, label) for face, label in zip((_INK, "white"), solid) if label]
-    handles.append(Line2D([], [], color=_AXIS, linewidth=1.0, label="Pareto front"))
-    axes.legend(handles=handles, frameon=False, fontsize=9, handlelength=1.2, labelcolor=_INK, loc="best")
+    handles += [dot("o", INK, face, label) for face, label in zip((INK, "white"), solid) if label]
+    handles.append(Line2D([], [], color=AXIS, linewidth=1.0, label="Pareto front"))
+    axes.legend(handles=handles, frameon=False, fontsize=9, handlelength=1.2, labelcolor=INK, loc="best")
 
 
 # --- names beside points, none upon another ---------------------------------------------------------------------
