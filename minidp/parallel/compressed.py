@@ -71,7 +71,7 @@ class CompressedDataParallel(DataParallel):
         self._layers.gather(self.check_finite, self.updates)
         (mean,) = self._parts
         np.divide(own, total, out=mean)
-        with trace.span("compress and exchange", "wait"):
+        with trace.span("compress", "compute"):  # but for what the reducer waits
             for name, view in self._views:
                 view[...] = self.compressor.exchange(view, name, self._reducer)
         with trace.span("update", "compute"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minidp import trace
 from minidp.comm import Communicator
 from minidp.compress import Payload
 
@@ -67,11 +68,12 @@ class CommReducer:
         arrived = [np.empty(int(row[1:].sum()), dtype) for row in sizes]
         arrived[self.rank] = wires[self.rank]
         others = [(self.rank + step) % self.world_size for step in ranks[1:]]
-        works = [comm.recv(arrived[src], src, async_op=True) for src in others if arrived[src].size]
-        # To the next rank first, so that no two send to the same one at once.
-        works += [comm.send(wires[dst], dst, async_op=True) for dst in others if wires[dst].size]
-        for work in works:
-            work.wait()
+        with trace.span("exchange payloads", "communication"):
+            works = [comm.recv(arrived[src], src, async_op=True) for src in others if arrived[src].size]
+            # To the next rank first, so that no two send to the same one at once.
+            works += [comm.send(wires[dst], dst, async_op=True) for dst in others if wires[dst].size]
+            for work in works:
+                work.wait()
         return arrived
 
 
