@@ -13,6 +13,7 @@ from rich.console import Console
 
 from minidp.bench import (
     allreduce,
+    compress,
     fault_report,
     faults,
     micro_shards,
@@ -52,6 +53,7 @@ BENCHES = {
     "startup": "import minidp over import numpy; a spawn until its function runs (20 s)",
     "micro-shards": "what the same bits for any N cost, next to one whole batch (1 minute)",
     "ps": "the parameter server: its exchange, ours and a Ray actor's; what waiting costs (2 minutes)",
+    "compress": "gradients made smaller: how fast, how much, on which networks it pays (3 minutes)",
     "faults": "what goes wrong on purpose: who is told, how soon, what is left (1 minute for 200)",
     "whereabouts": "what it costs that every rank's place is always known (20 s)",
     "virtual": "the virtual world: messages/s, 1000 ranks train, 10 000 are timed, steps predicted (2 minutes)",
@@ -93,6 +95,8 @@ def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report 
     if options.bench == "allreduce":
         sizes = options.sizes or (allreduce.QUICK_SIZES if options.quick else allreduce.SIZES)
         return allreduce.run(rounds, screen, sizes)
+    if options.bench == "compress":
+        return compress.run(rounds, screen, compress.QUICK if options.quick else compress.FULL)
     if options.bench == "ps":
         return ps.run(rounds, screen, *((ps.QUICK_SIZES, pace.QUICK) if options.quick else (ps.SIZES, pace.FULL)))
     if options.bench == "virtual":

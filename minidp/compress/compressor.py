@@ -96,6 +96,11 @@ class Compressor(ABC):
         self.seed, self.rank = seed, rank
         self._calls: Counter[str] = Counter()
 
+    @property
+    def summable(self) -> bool:
+        """Whether payloads of several ranks may be added as they are."""
+        return self.route == "sum"
+
     # -- for one -----------------------------------------------------------------------------------------
 
     def compress(self, array: Array, key: str) -> Payload:
@@ -106,9 +111,8 @@ class Compressor(ABC):
             the key.
         """
         flat = checked(array, key)
-        call = self._calls[key]
+        arrays = self._encode(flat, key, self._calls[key])
         self._calls[key] += 1
-        arrays = self._encode(flat, key, call)
         backend.count(2.0 * flat.size, self.bytes_per_element * flat.size * flat.itemsize / 4)
         return Payload(arrays, array.shape, np.dtype(array.dtype), key)
 
@@ -141,7 +145,7 @@ class Compressor(ABC):
         if self.route == "owners" and reducer.world_size > 1:
             return self._by_owners(array, key, reducer), None
         payload = self.compress(array, key)
-        if self.route == "sum":
+        if self.summable:
             summed, *rest = payload.arrays
             total = replace(payload, arrays=(reducer.sum(summed.copy()), *rest))
             return self.decompress(total), payload

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from minidp import backend
 from minidp.backend import Array, to_numpy
 from minidp.compress.bits import like
 from minidp.compress.compressor import Compressor, Payload, Reducer, Route, State, chosen
@@ -68,6 +69,7 @@ class ErrorFeedback(Compressor):
         if residual.shape != array.shape:
             raise ValueError(f"{key} had shape {residual.shape} before, and now {array.shape}: give it a new key")
         p += like(residual, array)
+        backend.count(float(p.size), 5.0 * p.nbytes)
         return p
 
     def belong_to(self, rank: int) -> None:

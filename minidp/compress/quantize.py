@@ -146,9 +146,9 @@ class QSGD(Quantizer):
 class TernGrad(Quantizer):
     """``"terngrad"``: −1, 0, 1 times s = max|g|, at random: unbiased, variance s|g_i| − g_i².
 
-    With ``"terngrad:C"`` g is first clipped to ± C σ, σ its standard deviation (but not below its mean, so that equal
-    numbers are not clipped to 0): less variance, and biased. Wire: 2 bits a number, one step an array. Source: Wen
-    et al., "TernGrad", NIPS 2017, sections 3.1 and 3.3 (there C is 2.5).
+    With ``"terngrad:C"`` g is first clipped to ± C σ, σ its standard deviation (but not below its mean, so that
+    equal numbers are not clipped to 0): less variance, and biased. Wire: 2 bits a number, one step an array.
+    Source: Wen et al., "TernGrad", NIPS 2017, sections 3.1 and 3.3 (there C is 2.5).
     """
 
     def __init__(self, clip: float | None = None, *, seed: int = 0, rank: int = 0) -> None:
