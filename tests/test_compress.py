@@ -131,7 +131,7 @@ WIRE = {
     "topk:0.01": lambda d: (k := math.ceil(d / 100)) * 4 + positions(k, d),
     "topk:0.3": lambda d: (k := math.ceil(3 * d / 10)) * 4 + positions(k, d),
     "topk:1": lambda d: 4 * d,
-    "randomk:0.01": lambda d: math.ceil(d / 100) * 4 + 4,
+    "randomk:0.01": lambda d: math.ceil(d / 100) * 4 + 12,
     "powersgd:2": lambda d: 4 * d,  # a vector
 }
 
@@ -166,7 +166,7 @@ def test_bytes_of_other_dtypes(dtype: Any) -> None:
         "sign": d // 8,
         "sign+ef": d // 8 + step,
         "topk:0.01": 50 * own + positions(50, d),
-        "randomk:0.01": 50 * own + 4,
+        "randomk:0.01": 50 * own + 12,
     }
     assert {spec: get(spec).compress(array, "w").nbytes for spec in want} == want
     assert get("powersgd:3").compress(array.reshape(50, 100), "w").nbytes == 3 * 150 * step
@@ -692,7 +692,7 @@ def test_the_meter_is_told_of_the_traffic() -> None:
             assert m.nbytes == payload.nbytes + 5000 * np.dtype(dtype).itemsize
     with backend.meter() as m:
         get("powersgd:2").compress(normal((50, 40)), "w")
-    assert (m.flops, m.nbytes) == (6 * 2000 * 2, 3 * 8000)
+    assert (m.flops, m.nbytes) == (4 * 2000 * 2, compress.PowerSGD.bytes_per_element * 2000)
 
 
 def test_packed_bytes() -> None:

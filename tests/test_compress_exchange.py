@@ -428,12 +428,12 @@ COSTS = {
         ("none", "sum", 0), ("fp16", "sum", 0), ("bf16", "owners", 0), ("int8", "owners", 0),
         ("qsgd:4", "owners", 0),
         ("sign", "owners", 0), ("topk:0.25", "gather", 0), ("topk:0.25:owners", "owners", 0),
-        ("randomk:0.25", "sum", 4), ("topk:0.25+ef", "gather", 0), ("int8+ef", "owners", 0),
-        ("randomk:0.25+ef", "sum", 4),
+        ("randomk:0.25", "sum", 12), ("topk:0.25+ef", "gather", 0), ("int8+ef", "owners", 0),
+        ("randomk:0.25+ef", "sum", 12),
     ],
 )  # fmt: skip
 def test_bytes_that_move(spec: str, route: str, once: int, ranks: int) -> None:
-    """Exactly, where parts are even: 16384 = 8 · 2048 elements. Of random-k all know the call."""
+    """Exactly, where parts are even: 16384 = 8 · 2048 elements. Of random-k all know seed and call."""
     size = 16384
     even = np.arange(1, size + 1, dtype=np.float32) / size  # no zeros: signs of these need a bit each
     assert get(spec).route == route

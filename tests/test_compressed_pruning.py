@@ -239,7 +239,6 @@ def test_what_is_refused() -> None:
         for density, scope in (said[1:3], said[3:5], said[5:7]):
             assert density.startswith("ValueError: density=")
             assert scope.startswith("ValueError: scope='all'")
-        # BUG: it says that prune is called in the middle of a step, and to call strategy.step().
         assert "the strategy has been released" in said[-1]
 
 

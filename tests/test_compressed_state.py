@@ -90,7 +90,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     spawned(saves, 3, "virtual", tmp_path, "topk:0.1+ef", "momentum", True)
     (path,) = checkpoint_files.files(tmp_path)
     arrays, facts = checkpoint_files.read_one(path)
-    assert facts["compress"] == {"spec": "topk:0.1+ef", "ranks": 3}
+    assert facts["compress"] == {"spec": "topk:0.1+ef", "ranks": 3, "cut_by": "ranks"}
     for rank in range(3):
         assert f"compress@{rank}.residual/first.weight" in arrays
         assert arrays[f"compress@{rank}.mask/first.weight"].nbytes == 16 * 40 // 8
@@ -117,10 +117,16 @@ def loads(comm: Any, folder: Path, spec: str | None, kind: str = "DataParallel")
 
 
 FINE = "nothing"
-LOST = (
-    "ValueError: the checkpoint holds {} of compress={!r} on 3 ranks, here is compress={!r} on {}: load it by the"
-)
 RESIDUALS, MASKS = "residuals", "masks of pruned weights"
+
+
+def says_what_is_lost(said: str, lost: str, saved: str | None, loaded: str | None, ranks: int) -> None:
+    assert said.startswith(f"ValueError: the checkpoint holds {lost} of compress={saved!r} on 3 ranks"), said
+    assert f"here is compress={loaded!r} on {ranks}" in said
+    assert "load it by the same, or give its parameters alone" in said
+    assert "model.<name> of nn.load_file(…), to strategy.load_state_dict" in said
+
+
 # Saved by three ranks with / pruned / loaded with / on so many ranks: what would be lost.
 MEETINGS: list[tuple[str | None, bool, str | None, int, str]] = [
     ("topk:0.1+ef", False, "topk:0.1+ef", 2, RESIDUALS),
@@ -162,8 +168,7 @@ def test_what_can_be_loaded_by_what(
     first, *others = results = spawned(loads, ranks, "virtual", tmp_path, loaded)
     for said, state, _, memory in results:
         if lost:
-            assert said.startswith(LOST.format(lost, saved, loaded, ranks)), said
-            assert "model.<name> of nn.load_file(…), to strategy.load_state_dict" in said
+            says_what_is_lost(said, lost, saved, loaded, ranks)
             continue
         assert said == FINE
         assert same_bits(state, file)
@@ -181,7 +186,7 @@ def test_what_can_be_loaded_by_what(
 def test_said_on_all_ranks_in_both_worlds(world: str, tmp_path: Path) -> None:
     spawned(saves, 3, world, tmp_path, "topk:0.1+ef", "momentum", False)
     for said, *_ in spawned(loads, 2, world, tmp_path, "topk:0.1+ef"):
-        assert said.startswith(LOST.format(RESIDUALS, "topk:0.1+ef", "topk:0.1+ef", 2))
+        says_what_is_lost(said, RESIDUALS, "topk:0.1+ef", "topk:0.1+ef", 2)
     for said, *_ in spawned(loads, 3, world, tmp_path, "topk:0.1+ef"):
         assert said == FINE
 
@@ -189,7 +194,7 @@ def test_said_on_all_ranks_in_both_worlds(world: str, tmp_path: Path) -> None:
 def test_other_strategies_would_lose_residuals_too(tmp_path: Path) -> None:
     spawned(saves, 3, "virtual", tmp_path, "topk:0.1+ef", "momentum", False)
     for said, *_ in spawned(loads, 3, "virtual", tmp_path, None, "NaiveDataParallel"):
-        assert "residuals of compress='topk:0.1+ef' on 3 ranks, here is compress=None on 3" in said
+        says_what_is_lost(said, RESIDUALS, "topk:0.1+ef", None, 3)
 
 
 def test_files_of_before_there_were_compressors(tmp_path: Path) -> None:

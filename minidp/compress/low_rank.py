@@ -30,6 +30,7 @@ class PowerSGD(Compressor):
     """
 
     route: ClassVar[Route] = "sum"
+    bytes_per_element = 30.0
 
     def __init__(self, approximation_rank: int, *, seed: int = 0, rank: int = 0) -> None:
         super().__init__(seed=seed, rank=rank)
@@ -40,27 +41,32 @@ class PowerSGD(Compressor):
         self._q: dict[str, Array] = {}
 
     def exchanged(self, array: Array, key: str, reducer: Reducer) -> tuple[Array, Payload | None]:
+        total, own = self._summed(array, key, reducer)
+        return self.decompress(total), own
+
+    def compress(self, array: Array, key: str) -> Payload:
+        return self._summed(array, key, Alone())[1]
+
+    def _summed(self, array: Array, key: str, reducer: Reducer) -> tuple[Payload, Payload]:
+        """The payload of all ranks' sum, and this rank's part of it."""
         flat = checked(array, key)
+        xp = array_module(flat)
+
+        def payload(*arrays: Array) -> Payload:
+            return Payload(tuple(each.reshape(-1) for each in arrays), array.shape, np.dtype(array.dtype), key)
+
         self._calls[key] += 1
         if not self._is_low(array):
-            own = Payload((flat.copy(),), array.shape, np.dtype(array.dtype), key)
-            return reducer.sum(flat.copy()).reshape(array.shape), own
-        m, xp = _matrix(flat, array.shape), array_module(flat)
+            return payload(reducer.sum(flat.copy())), payload(flat.copy())
+        m = _matrix(flat, array.shape)
         p = orthonormal(reducer.sum(m @ self._start(m, key)))
-        q = m.T @ p
-        own = Payload((p.reshape(-1), q.reshape(-1)), array.shape, np.dtype(array.dtype), key)
-        q = reducer.sum(q.copy())
+        own = m.T @ p
+        q = reducer.sum(own.copy())
         most = xp.abs(q).max()
         if bool(most > 0):  # from zeros no power method ever finds anything again
             self._q[key] = q / most  # as long as the gradient is, M Q would be its square: too small, or too large
-        columns = self.approximation_rank
-        backend.count(6.0 * m.size * columns, m.nbytes * 3)
-        return (p @ q.T).astype(array.dtype, copy=False).reshape(array.shape), own
-
-    def compress(self, array: Array, key: str) -> Payload:
-        own = self.exchanged(array, key, Alone())[1]
-        assert own is not None
-        return own
+        backend.count(4.0 * m.size * self.approximation_rank, self.bytes_per_element * m.nbytes / 4)
+        return payload(p, q), payload(p, own)
 
     def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
         raise NotImplementedError("a matrix is needed, not a flat array")

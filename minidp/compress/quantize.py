@@ -39,7 +39,6 @@ class Quantizer(Compressor):
     """
 
     route: ClassVar[Route] = "owners"
-    bytes_per_element = 30.0
 
     def __init__(self, levels: int, block: int | None, stochastic: bool, *, seed: int = 0, rank: int = 0) -> None:
         super().__init__(seed=seed, rank=rank)
@@ -50,6 +49,7 @@ class Quantizer(Compressor):
         self.levels, self.block, self.stochastic = int(levels), block, stochastic
         self.bits = math.ceil(math.log2(2 * self.levels + 1))
         self.shrinks = False  # for error feedback
+        self.bytes_per_element = 45.0 if stochastic else 15.0
 
     @abstractmethod
     def _steps(self, rows: Array) -> Array:

@@ -11,8 +11,12 @@ from minidp.backend import Array, array_module
 from minidp.compress.bits import like
 from minidp.compress.compressor import Compressor, Payload, Route, narrowed
 
-# All eight signs that a byte stands for: the first number's in the highest bit.
-_EIGHT = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), -1, 1).astype(np.int8)
+# Of each byte the eight signs that it stands for, the first in the highest bit.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+_SIGNS = np.where(_BITS, -1, 1).astype(np.int8)
+# The same as one number of 64 bits, and all bits of those that are not 0: eight are looked up at once.
+_EIGHT_SIGNS = _SIGNS.view(np.uint64).reshape(-1)
+_EIGHT_KEPT = np.where(_BITS, 0, -1).astype(np.int8).view(np.uint64).reshape(-1)
 
 
 class Sign(Compressor):
@@ -50,14 +54,16 @@ class Sign(Compressor):
 
     def _decode(self, payload: Payload) -> Array:
         *scale, signs, zeros = payload.arrays
-        xp, size, kind = array_module(signs), payload.size, payload.dtype
-        table = like(_EIGHT, signs).astype(scale[0].dtype if scale else kind)
+        size, kind = payload.size, payload.dtype
+        wide = scale[0].dtype if scale else kind
+        if zeros.size:
+            eights = like(_EIGHT_SIGNS, signs).take(signs) & like(_EIGHT_KEPT, signs).take(zeros)
+            flat = eights.view(np.int8)[:size].astype(wide)
+            return narrowed(flat * scale[0] if scale else flat, kind)
+        table = like(_SIGNS, signs).astype(wide)
         if scale:
             table = table * scale[0]
-        flat = narrowed(table.take(signs, axis=0).reshape(-1)[:size], kind)
-        if zeros.size:
-            flat[xp.unpackbits(zeros)[:size] != 0] = 0
-        return flat
+        return narrowed(table.take(signs, axis=0).reshape(-1)[:size], kind)
 
     def combine(self, payloads: Sequence[Payload]) -> Array:
         total = super().combine(payloads)

@@ -105,6 +105,12 @@ def divided(summed: Flat, total: Any, out: Flat, dtype: np.dtype[Any]) -> Flat:
     return mean if mean.dtype == dtype else mean.astype(dtype)
 
 
+def share_of_mean(gradient: Flat, total: Any, out: Flat) -> Flat:
+    """gradient / total in ``out``; halves are divided in float32, where totals are exact."""
+    np.divide(gradient, total, out=out, dtype=np.float32 if is_half(gradient.dtype) else out.dtype)
+    return out
+
+
 def first_not_finite(flat: Flat) -> int:
     """The first element that is NaN or infinite; −1 if none is.
 

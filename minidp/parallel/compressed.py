@@ -20,6 +20,7 @@ from minidp.comm import Communicator
 from minidp.comm.reduction import is_half
 from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
 from minidp.compress.compressor import State
+from minidp.parallel.blocks import share_of_mean
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.reducer import CommReducer
 from minidp.parallel.slabs import Flat, Slabs
@@ -33,12 +34,14 @@ class CompressedDataParallel(DataParallel):
     stay as they are. (A sum that overflows though each gradient is finite is found afterwards: what was compressed
     has left the residuals by then.)
 
-    Cost of a step, c bytes of payloads, N ranks: sent 2(N−1)/N c where payloads are summed or parts have owners,
-    (N−1) c where they are gathered; one or two exchanges a parameter, after backward (nothing is hidden behind
-    it). Each rank updates all of w. Memory a rank: (3 + slots)Ψ, and Ψ for residuals with error feedback.
+    Cost of a step, c bytes of payloads, N ranks: sent 2(N−1)/N c where payloads are summed (see
+    ``minidp.compress.compressor``) or parts have owners, (N−1) c where they are gathered; one or two exchanges a
+    parameter, after backward (nothing is hidden behind it). Each rank updates all of w. Memory a rank:
+    (3 + slots)Ψ, and Ψ for residuals with error feedback.
     """
 
     compressor: Compressor
+    prunes = True
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
         slabs = Slabs(self.layout, self.optimizer.slots, None)
@@ -70,7 +73,7 @@ class CompressedDataParallel(DataParallel):
             return
         self._layers.gather(self.check_finite, self.updates)
         (mean,) = self._parts
-        np.divide(own, total, out=mean)
+        share_of_mean(own, total, mean)
         with trace.span("compress", "compute"):  # but for what the reducer waits
             for name, view in self._views:
                 view[...] = self.compressor.exchange(view, name, self._reducer)
@@ -89,6 +92,7 @@ class CompressedDataParallel(DataParallel):
         again, with a lower density. Residuals begin anew. Sends nothing, but collective: all ranks prune between
         the same steps.
         """
+        self._check_not_released()
         if self.in_step:
             raise RuntimeError("prune in the middle of a step: call strategy.step() or discard() first")
         state = self.model.state_dict()

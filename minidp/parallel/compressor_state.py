@@ -27,7 +27,8 @@ def gathered(strategy: Stateful) -> tuple[Arrays, dict[str, Any] | None]:
         return {}, None
     everybody = _at_rank_0(strategy.group, strategy.compressor.state_dict())
     arrays = {f"compress@{r}.{name}": array for r, state in enumerate(everybody) for name, array in state.items()}
-    return arrays, {"spec": strategy.compressor.spec, "ranks": strategy.group.world_size}
+    facts = {"spec": strategy.compressor.spec, "ranks": strategy.group.world_size, "cut_by": strategy.cut_by}
+    return arrays, facts
 
 
 def of_compressor(arrays: Mapping[str, np.ndarray], strategy: Stateful, facts: dict[str, Any] | None) -> Arrays:
@@ -37,14 +38,16 @@ def of_compressor(arrays: Mapping[str, np.ndarray], strategy: Stateful, facts: d
     rank, ranks = strategy.group.rank, strategy.group.world_size
     errors = any("residual/" in name for name in arrays if name.startswith("compress@"))
     here = None if strategy.compressor is None else strategy.compressor.spec
-    fits = here == facts["spec"] and (ranks == facts["ranks"] or not errors)
+    then, now = (facts["ranks"], facts["cut_by"]), (ranks, strategy.cut_by)
+    fits = here == facts["spec"] and (then == now or not errors)
     pruned = any("mask/" in name for name in arrays if name.startswith("compress@"))
-    if (errors and not fits) or (pruned and here is None):
+    if (errors and not fits) or (pruned and not strategy.prunes):
         what = " and ".join(["residuals"] * errors + ["masks of pruned weights"] * pruned)
+        cut = [f", cut by {by}" * (facts["cut_by"] != strategy.cut_by) for _, by in (then, now)]
         raise ValueError(
-            f"the checkpoint holds {what} of compress={facts['spec']!r} on {facts['ranks']} ranks, here is "
-            f"compress={here!r} on {ranks}: load it by the same, or give its parameters alone, model.<name> of "
-            "nn.load_file(…), to strategy.load_state_dict"
+            f"the checkpoint holds {what} of compress={facts['spec']!r} on {facts['ranks']} ranks{cut[0]}, here "
+            f"is compress={here!r} on {ranks}{cut[1]}: load it by the same, or give its parameters alone, "
+            "model.<name> of nn.load_file(…), to strategy.load_state_dict"
         )
     prefix = f"compress@{rank if ranks == facts['ranks'] else 0}."
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -23,7 +23,7 @@ from minidp.comm import CollectiveMismatch, Communicator, RankLost
 from minidp.compress import Compressor, ErrorFeedback, resolved
 from minidp.nn import Module
 from minidp.optim import Optimizer
-from minidp.parallel.blocks import first_not_finite
+from minidp.parallel.blocks import first_not_finite, share_of_mean
 from minidp.parallel.buckets import runs
 from minidp.parallel.delay import Correction
 from minidp.parallel.links import Links
@@ -118,6 +118,7 @@ class ParameterServer(Strategy):
             comm.world_size, staleness, staleness_aware, delay_compensation, backup_workers, nominal_batch
         )
         self.together = options.together
+        self.cut_by = f"{len(endpoint.servers)} servers"
         push, pull = checked_for_servers(compress, "compress"), checked_for_servers(compress_pull, "compress_pull")
         self._compress = push, pull
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
@@ -213,7 +214,7 @@ class ParameterServer(Strategy):
             # With backup workers it is the first server that tells who is late.
             exchange = self._links.exchange_in_turn if self.options.backup_workers else self._links.exchange
             if self.compressor is not None and samples:
-                gradient = np.divide(gradient, samples, out=self._mean)  # ∇L_i, so that residuals are of one kind
+                gradient = share_of_mean(gradient, samples, self._mean)  # residuals are of ∇L_i
             replies = exchange(request, gradient if samples else None, self._slabs.params[0])
         self._read(replies)
 

@@ -26,6 +26,8 @@ StateDict = dict[str, np.ndarray]
 class Stateful(ABC):
     """The half of a strategy that is about state; the other half, its steps, is `Strategy`."""
 
+    label: ClassVar[str]
+    """What messages call it: the class that users write, whichever variant of it runs."""
     model: Module
     optimizer: Optimizer
     comm: Communicator
@@ -39,6 +41,10 @@ class Stateful(ABC):
     outer_updates: int = 0
     compressor: Compressor | None = None
     """What gradients are compressed by on this rank, if they are."""
+    cut_by: str = "ranks"
+    """By what the keys of compressors are cut: residuals belong to parts of parameters."""
+    prunes: bool = False
+    """Whether it knows masks of pruned weights."""
     _layers: LayerState
     _poison: BaseException | None = None
     _released: bool = False

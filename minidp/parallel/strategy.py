@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 from weakref import ref
 
 import numpy as np
@@ -46,8 +46,6 @@ class Strategy(Stateful):
         ValueError: the model belongs to another strategy, or the optimizer's parameters are not the model's.
     """
 
-    label: ClassVar[str]
-    """What messages call it: the class that users write, whichever variant of it runs."""
     together: bool = True
     """Whether a step is one of all ranks; otherwise each makes its own, and batch norm goes by its own batches."""
 
