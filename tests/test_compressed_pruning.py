@@ -253,6 +253,24 @@ def plain_prune(comm: Any) -> str:
     return told(lambda: build(comm, None).prune(0.5))
 
 
+def reloaded(comm: Any) -> Any:
+    s = build(comm, "none", "momentum")
+    go_on(s, 2)
+    full = s.state_dict()
+    masks = s.prune(0.3)
+    s.load_state_dict(full)
+    return full, masks, go_on(s, 3).state_dict()
+
+
+def test_weights_that_are_loaded_are_pruned() -> None:
+    """Their gradients do not travel: given other numbers than 0 they would never change again."""
+    full, masks, after = spawned(reloaded, 2, "virtual")[0]
+    for name, mask in masks.items():
+        assert full[name][~mask].any()
+        assert not after[name][~mask].any()
+        assert after[name][mask].any()
+
+
 def test_one_rank_alone() -> None:
     masks, _ = pruned(comm_self(), "topk:0.2+ef", "adam", 0.3, "global", "float64")
     assert sum(mask.sum() for mask in masks.values()) == round(0.3 * SIZE)

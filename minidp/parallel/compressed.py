@@ -24,6 +24,7 @@ from minidp.parallel.blocks import share_of_mean
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.reducer import CommReducer
 from minidp.parallel.slabs import Flat, Slabs
+from minidp.parallel.state import StateDict
 
 
 class CompressedDataParallel(DataParallel):
@@ -97,20 +98,30 @@ class CompressedDataParallel(DataParallel):
             raise RuntimeError("prune in the middle of a step: call strategy.step() or discard() first")
         state = self.model.state_dict()
         masks = magnitude_masks({s.name: state[s.name] for s in self.layout.segments}, density, scope)
-        kept = {slot: dict(of_slot) for slot, of_slot in self.optimizer_state().items()}
-        for segment in self.layout.segments:
-            mask = masks.get(segment.name)
-            if mask is None:
-                continue
-            state |= dict.fromkeys(segment.names, state[segment.name] * mask)
-            for of_slot in kept.values():
-                of_slot[segment.name] = of_slot[segment.name] * mask
-        self._put(state, kept)
         inner = self.compressor.inner if isinstance(self.compressor, Pruned) else self.compressor
         inner.load_state_dict({k: calls for k, calls in inner.state_dict().items() if k.startswith("calls/")})
         self._use(Pruned(inner, masks))
-        self.discard()
+        self._mask()
         return masks
+
+    def _mask(self) -> None:
+        """Zero what the masks leave out: of w, and of the optimizer's state."""
+        if not isinstance(self.compressor, Pruned):
+            return
+        state = self.model.state_dict()
+        kept = {slot: dict(of_slot) for slot, of_slot in self.optimizer_state().items()}
+        for segment in self.layout.segments:
+            mask = self.compressor.masks.get(segment.name)
+            if mask is not None:
+                state |= dict.fromkeys(segment.names, np.where(mask, state[segment.name], 0))
+                for of_slot in kept.values():
+                    of_slot[segment.name] = np.where(mask, of_slot[segment.name], 0)
+        self._put(state, kept)
+        self.discard()
+
+    def load_state_dict(self, state: StateDict) -> None:
+        super().load_state_dict(state)
+        self._mask()  # what is pruned stays so, whatever it was given
 
     # -- state -----------------------------------------------------------------------------------------
 
