@@ -565,11 +565,15 @@ def test_examples_are_one_of_each_kind() -> None:
 
 
 def test_resolved_is_of_this_rank_and_keeps_its_seed() -> None:
+    """A copy without memory: what was given is a description, for all ranks and any number of strategies."""
     given = get("qsgd:4+ef", seed=7)
-    assert compress.resolved(given, seed=1, rank=3) is given
-    assert (given.seed, given.rank, given.inner.seed, given.inner.rank) == (7, 3, 7, 3)
+    given.compress(normal(9), "w")
+    mine = compress.resolved(given, seed=1, rank=3)
+    assert (given.rank, given.inner.rank) == (0, 0)
+    assert (mine.seed, mine.rank, mine.inner.seed, mine.inner.rank) == (7, 3, 7, 3)
+    assert set(mine.state_dict()) == {"seed"}
     made = compress.resolved("qsgd:4+ef", seed=7, rank=3)
-    assert raw(made.compress(normal(9), "w")) == raw(given.compress(normal(9), "w"))
+    assert raw(made.compress(normal(9), "w")) == raw(mine.compress(normal(9), "w"))
 
 
 # -- what it remembers ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from minidp import data, nn, optim, parallel, sim
 from minidp.autograd import Tensor
 from minidp.bench.leftovers import children, descriptors, segments
 from minidp.comm import comm_self
-from minidp.compress import EXAMPLES, QSGD, ErrorFeedback, Int8, get
+from minidp.compress import EXAMPLES, QSGD, ErrorFeedback, Int8, Pruned, get
 from minidp.compress.compressor import cuts
 from minidp.nn import functional as F
 from tests.test_compress_exchange import Memory, together
@@ -672,8 +672,10 @@ def instances(comm: Any) -> Any:
         mine = make()
         assert mine.rank == 0
         s = build(comm, mine)
-        assert s.compressor is mine
-        assert mine.rank == getattr(mine, "inner", mine).rank == comm.rank
+        own = s.compressor
+        assert own.describe() == mine.describe()
+        assert own.rank == getattr(own, "inner", own).rank == comm.rank
+        assert mine.rank == 0
         found.append(of_model(everything(go_on(s, 3))))
         s.release()
     return found
@@ -912,3 +914,75 @@ def test_digits_are_learned() -> None:
     plain, other = (spawned(accuracy, 4, "virtual", spec, 0, 4)[0] for spec in (None, "topk:0.01+ef"))
     assert plain > 88
     assert abs(other - plain) <= 2.5
+
+
+# -- what a review found -----------------------------------------------------------------------------------------
+
+
+def test_subclasses_do_not_ignore_it() -> None:
+    class Mine(parallel.DataParallel):
+        pass
+
+    model = nn.Sequential(nn.Linear(2, 1), seed=0)
+    with pytest.raises(TypeError, match="Mine does not compress: derive it from CompressedDataParallel"):
+        Mine(model, optim.SGD(model.parameters(), lr=0.1), comm_self(), compress="int8")
+
+
+def half_overflow(comm: Any) -> str:
+    model = nn.Sequential(nn.Linear(512, 1, bias=False), seed=0).astype("float16")
+    s = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=1.0), comm, compress="randomk:0.05")
+    before = s.state_dict()
+    x = np.full((1, 512), 6000, np.float16)
+    s.backward(model(minidp.tensor(x)).sum(), samples=1)
+    said = told(s.step)
+    assert same_bits(before, s.state_dict())
+    return said
+
+
+def test_halves_that_compression_makes_infinite_are_not_committed() -> None:
+    for said in spawned(half_overflow, 2, "virtual"):
+        assert said.startswith("NonFiniteGradient: the gradient of '0.weight' is ")
+
+
+def shared_instance(comm: Any, compressor: Any) -> Any:
+    found = []
+    for _ in range(2):
+        s = build(comm, compressor)
+        found.append(of_model(everything(go_on(s, 4))))
+        s.release()
+    return found
+
+
+@pytest.mark.parametrize("spec", ["topk:0.1+ef", "randomk:0.3+ef", "qsgd:4"])
+def test_one_compressor_serves_all_ranks_and_strategies(spec: str) -> None:
+    """In the virtual world all ranks are given the same object: none may write into it."""
+    given = get(spec)
+    results = spawned(shared_instance, 3, "virtual", given)
+    want = spawned(shared_instance, 3, "virtual", spec)
+    for (first, second), (named, _) in zip(results, want, strict=True):
+        assert same_bits(first, second)
+        assert same_bits(first, results[0][0])
+        assert same_bits(first, named)
+
+
+def masked_by_hand(comm: Any, shift: bool) -> Any:
+    mask = np.roll(np.arange(16 * 40) % 3 == 0, comm.rank * shift).reshape(40, 16)
+    s = build(comm, Pruned(get("none"), {"first.weight": mask}))
+    go_on(s, 2)
+    return mask, s.state_dict()["first.weight"]
+
+
+def test_masks_must_be_the_same_and_act_on_w() -> None:
+    for mask, w in spawned(masked_by_hand, 2, "virtual", False):
+        assert not w[~mask].any()
+        assert w[mask].any()
+    with pytest.raises(minidp.RankFailed, match="has built another DataParallel than rank 0"):
+        spawned(masked_by_hand, 2, "virtual", True)
+
+
+def test_an_overflow_does_not_stay_in_powersgd() -> None:
+    compressor = get("powersgd:2")
+    with np.errstate(all="ignore"):
+        compressor.compress(np.full((30, 20), 3e38, np.float32), "w")
+    m = np.ones((30, 20), np.float32)
+    assert np.allclose(compressor.decompress(compressor.compress(m, "w")), m)

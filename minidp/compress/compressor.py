@@ -98,6 +98,10 @@ class Compressor(ABC):
         self.seed, self.rank = int(seed) % 2**63, rank
         self._calls: Counter[str] = Counter()
 
+    def needs_shape(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this shape is more to it than its numbers in a row."""
+        return False
+
     @property
     def summable(self) -> bool:
         """Whether payloads of several ranks may be added as they are."""

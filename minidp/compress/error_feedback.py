@@ -27,6 +27,8 @@ class ErrorFeedback(Compressor):
     """
 
     def __init__(self, inner: Compressor) -> None:
+        if not isinstance(inner, Compressor):
+            raise TypeError(f"ErrorFeedback({inner!r}): give a Compressor, or a name with +ef to get()")
         if isinstance(inner, ErrorFeedback):
             raise ValueError(f"{inner.spec} has error feedback already")
         super().__init__(seed=inner.seed, rank=inner.rank)
@@ -71,6 +73,9 @@ class ErrorFeedback(Compressor):
         p += like(residual, array)
         backend.count(float(p.size), 5.0 * p.nbytes)
         return p
+
+    def needs_shape(self, shape: tuple[int, ...]) -> bool:
+        return self.inner.needs_shape(shape)
 
     def belong_to(self, rank: int) -> None:
         super().belong_to(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -56,14 +57,14 @@ class PowerSGD(Compressor):
             return Payload(tuple(each.reshape(-1) for each in arrays), array.shape, np.dtype(array.dtype), key)
 
         self._calls[key] += 1
-        if not self._is_low(array):
+        if not self.needs_shape(array.shape):
             return payload(reducer.sum(flat.copy())), payload(flat.copy())
         m = _matrix(flat, array.shape)
         p = orthonormal(reducer.sum(m @ self._start(m, key)))
         own = m.T @ p
         q = reducer.sum(own.copy())
         most = xp.abs(q).max()
-        if bool(most > 0):  # from zeros no power method ever finds anything again
+        if 0 < float(most) < np.inf:  # from zeros no power method ever finds anything again
             self._q[key] = q / most  # as long as the gradient is, M Q would be its square: too small, or too large
         backend.count(4.0 * m.size * self.approximation_rank, self.bytes_per_element * m.nbytes / 4)
         return payload(p, q), payload(p, own)
@@ -77,12 +78,12 @@ class PowerSGD(Compressor):
         p, q = (each.reshape(-1, self.approximation_rank) for each in payload.arrays)
         return (p @ q.T).astype(payload.dtype, copy=False).reshape(-1)
 
-    def _is_low(self, array: Array) -> bool:
+    def needs_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether the narrow matrices are smaller than the one."""
-        if array.ndim < 2 or array.size == 0:
+        size = math.prod(shape)
+        if len(shape) < 2 or size == 0:
             return False
-        rows = array.shape[0]
-        return bool((rows + array.size // rows) * self.approximation_rank < array.size)
+        return (shape[0] + size // shape[0]) * self.approximation_rank < size
 
     def _start(self, m: Array, key: str) -> Array:
         """Q of the last call, or one by chance that all ranks have."""

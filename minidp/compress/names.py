@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from minidp.compress.casts import BFloat16, Float16, Identity
@@ -116,11 +117,15 @@ def get(spec: str, seed: int = 0, rank: int = 0) -> Compressor:
 
 
 def resolved(compress: Compressor | str, seed: int = 0, rank: int = 0) -> Compressor:
-    """What was given as ``compress=``, for this rank: a compressor keeps the seed that it has."""
+    """What was given as ``compress=``, for this rank: of a compressor a copy, with its seed and masks but without
+    its memory, so that one may be given to several strategies, and to all ranks."""
     if not isinstance(compress, Compressor):
         return get(compress, seed, rank)
-    compress.belong_to(rank)
-    return compress
+    own = deepcopy(compress)
+    kept = {k: v for k, v in own.state_dict().items() if k.startswith(("seed", "mask/", "shape/"))}
+    own.load_state_dict(kept)
+    own.belong_to(rank)
+    return own
 
 
 def _names() -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 
 from minidp.backend import Array, array_module, asarray, to_numpy
 from minidp.compress.bits import like, pack, unpack
 from minidp.compress.compressor import Compressor, Payload, Reducer, Route, State, chosen
-from minidp.compress.sparsify import largest_positions
+from minidp.compress.sparsify import checked_density, largest_positions
 
 Masks = dict[str, np.ndarray]
 
@@ -31,8 +32,7 @@ def magnitude_masks(
     ranks with the same weights get the same masks. Source: Han et al., "Learning both Weights and Connections",
     NIPS 2015.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density={density!r}: give the part that stays, above 0, at most 1 (0.1 is 10 %)")
+    checked_density(density)
     if scope not in ("global", "each"):
         raise ValueError(f'scope={scope!r}: give "global" or "each"')
     matrices = {name: to_numpy(array) for name, array in weights.items() if array.ndim >= 2}
@@ -47,7 +47,7 @@ def magnitude_masks(
 
 def _mask(flat: np.ndarray, density: float) -> np.ndarray:
     mask = np.zeros(flat.size, bool)
-    mask[largest_positions(flat, round(density * flat.size))] = True
+    mask[largest_positions(flat, max(1, round(density * flat.size)))] = True
     return mask
 
 
@@ -55,7 +55,7 @@ class Pruned(Compressor):
     """A compressor that is given, of each array, only what a mask keeps; the rest is 0 and does not travel.
 
     Args:
-        inner: what compresses the kept numbers, as one vector an array.
+        inner: what compresses the kept numbers, as one vector an array; PowerSGD gets a matrix with zeros.
         masks: name → bool array, the same on all ranks; arrays without one are given as they are.
 
     Masks are part of ``state_dict``, a bit a number.
@@ -85,7 +85,11 @@ class Pruned(Compressor):
     def _inside(self, payload: Payload) -> Payload:
         """As the inner compressor made it."""
         mask = self.masks.get(payload.key)
-        return payload if mask is None else replace(payload, shape=(int(np.count_nonzero(mask)),))
+        return (
+            payload
+            if mask is None or self.needs_shape(mask.shape)
+            else replace(payload, shape=(int(np.count_nonzero(mask)),))
+        )
 
     def _kept(self, array: Array, key: str) -> Array:
         mask = self.masks.get(key)
@@ -93,16 +97,22 @@ class Pruned(Compressor):
             return array
         if mask.shape != array.shape:
             raise ValueError(f"{key} has shape {array.shape}, its mask {mask.shape}")
-        return array[like(mask, array)]
+        mask = like(mask, array)
+        return array_module(array).where(mask, array, 0) if self.needs_shape(array.shape) else array[mask]
 
     def _spread(self, flat: Array, key: str, shape: tuple[int, ...]) -> Array:
         mask = self.masks.get(key)
         if mask is None:
             return flat
         xp = array_module(flat)
+        if self.needs_shape(shape):
+            return xp.where(like(mask, flat), flat, 0)
         whole = xp.zeros(shape, flat.dtype)
         whole[asarray(mask, xp)] = flat
         return whole
+
+    def needs_shape(self, shape: tuple[int, ...]) -> bool:
+        return self.inner.needs_shape(shape)
 
     def belong_to(self, rank: int) -> None:
         super().belong_to(rank)
@@ -113,6 +123,10 @@ class Pruned(Compressor):
 
     def _decode(self, payload: Payload) -> Array:
         raise NotImplementedError("done by the compressor inside")
+
+    def describe(self) -> tuple[Any, ...]:
+        masks = [(name, mask.shape, crc32(np.packbits(mask).tobytes())) for name, mask in self.masks.items()]
+        return (*super().describe(), *masks)
 
     def state_dict(self) -> State:
         packed = {f"mask/{name}": pack(mask.reshape(-1).view(np.uint8), 1) for name, mask in self.masks.items()}

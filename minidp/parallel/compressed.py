@@ -11,16 +11,16 @@ How a compressor's payloads are added up: ``minidp.compress.compressor``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from minidp import trace
-from minidp.comm import Communicator
+from minidp.comm import CollectiveMismatch, Communicator
 from minidp.comm.reduction import is_half
 from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
 from minidp.compress.compressor import State
-from minidp.parallel.blocks import share_of_mean
+from minidp.parallel.blocks import first_not_finite, share_of_mean
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.reducer import CommReducer
 from minidp.parallel.slabs import Flat, Slabs
@@ -43,6 +43,10 @@ class CompressedDataParallel(DataParallel):
 
     compressor: Compressor
     prunes = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._mask()  # where a compressor came with masks
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
         slabs = Slabs(self.layout, self.optimizer.slots, None)
@@ -78,6 +82,11 @@ class CompressedDataParallel(DataParallel):
         with trace.span("compress", "compute"):  # but for what the reducer waits
             for name, view in self._views:
                 view[...] = self.compressor.exchange(view, name, self._reducer)
+        # Halves can hold a mean of halves, but not all that compressors make of it.
+        if is_half(own.dtype) and self.check_finite:
+            beyond = first_not_finite(mean.astype(own.dtype))
+            if beyond >= 0:
+                raise self._not_finite(beyond, -1, float(mean[beyond]))
         with trace.span("update", "compute"):
             trouble = self._average_and_update(1)
         if trouble is not None:
@@ -96,8 +105,19 @@ class CompressedDataParallel(DataParallel):
         self._check_not_released()
         if self.in_step:
             raise RuntimeError("prune in the middle of a step: call strategy.step() or discard() first")
+        asked = f"prune({density!r}, {scope!r})"
+        for rank, theirs in enumerate(self.comm.all_gather_object(asked, "prune")):
+            if theirs != asked:
+                raise CollectiveMismatch(
+                    f"rank {rank} called {theirs}, rank {self.comm.rank} {asked}: all ranks must prune alike"
+                )
         state = self.model.state_dict()
         masks = magnitude_masks({s.name: state[s.name] for s in self.layout.segments}, density, scope)
+        before = self.compressor.masks if isinstance(self.compressor, Pruned) else {}
+        if any((mask & ~before[name]).any() for name, mask in masks.items() if name in before):
+            raise ValueError(
+                f"density={density!r}: less than that is left already; what is pruned does not come back"
+            )
         inner = self.compressor.inner if isinstance(self.compressor, Pruned) else self.compressor
         inner.load_state_dict({k: calls for k, calls in inner.state_dict().items() if k.startswith("calls/")})
         self._use(Pruned(inner, masks))

@@ -44,10 +44,8 @@ class DataParallel(Strategy):
         model, optimizer: built alike on every rank; the optimizer from ``model.parameters()``.
         comm: the ranks that train together. Where they share no memory (``not comm.shares_memory``) this class
             yields a ``BucketedDataParallel``: the same in messages.
-        compress: a ``minidp.compress.Compressor`` or the name of one, such as ``"int8"`` or ``"topk:0.01+ef"``:
-        that is
-            what gradients travel as, and this class yields a ``CompressedDataParallel``. Not with
-            ``micro_shards``.
+        compress: what gradients travel as: the name of a compressor, such as ``"topk:0.01+ef"``, or one of
+            ``minidp.compress``. This class then yields a ``CompressedDataParallel``. Not with ``micro_shards``.
         accumulation_steps: backwards that may be added up before a step.
         micro_shards: V, a power of two that the number of ranks divides: the bits of w are then the same for every
             such number, on one machine and library build (see ``micro_shards.py``). The global batch must be the
@@ -73,7 +71,9 @@ class DataParallel(Strategy):
         from minidp.parallel.bucketed import BucketedDataParallel  # late: they are subclasses
         from minidp.parallel.compressed import CompressedDataParallel
 
-        if cls is DataParallel and options.get("compress") is not None:
+        if options.get("compress") is not None and not issubclass(cls, CompressedDataParallel):
+            if cls is not DataParallel:
+                raise TypeError(f"{cls.__name__} does not compress: derive it from CompressedDataParallel")
             return super().__new__(CompressedDataParallel)  # type: ignore[return-value]
         if comm.shares_memory or issubclass(cls, BucketedDataParallel | CompressedDataParallel):
             return super().__new__(cls)
@@ -100,9 +100,7 @@ class DataParallel(Strategy):
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         if micro_shards is not None:
             if compress is not None:
-                raise ValueError(
-                    f"micro_shards={micro_shards} gives exact bits, compress={compress!r} does not: drop one"
-                )
+                raise ValueError(f"micro_shards={micro_shards} gives exact bits, compress={compress!r} does not")
             check_model(model)
         self._compress = compress
         self._described = None if compress is None else resolved(compress).describe()  # names are checked here

@@ -119,7 +119,8 @@ class ParameterServer(Strategy):
         )
         self.together = options.together
         self.cut_by = f"{len(endpoint.servers)} servers"
-        push, pull = checked_for_servers(compress, "compress"), checked_for_servers(compress_pull, "compress_pull")
+        push = checked_for_servers(compress, "compress", backup_workers)
+        pull = checked_for_servers(compress_pull, "compress_pull")
         self._compress = push, pull
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
         self._loss = 0.0
@@ -165,6 +166,7 @@ class ParameterServer(Strategy):
             nominal_batch=options.nominal_batch,
             follows=options.backup_workers > 0 and server > 0,
             push=None if self._links.push is None else self._links.push[server],
+            shares=self.compressor is not None and self.together,
             pull=None if self._links.pull is None else self._links.pull[server],
             turn=server * len(ranks) // len(self._links.slices),
             holds=shorten(
@@ -194,7 +196,9 @@ class ParameterServer(Strategy):
         gradient = self._slabs.grads[0]
         self.layout.zero_unwritten(gradient)
         if self.compressor is not None and self.together:
-            self._all_finite(samples, gradient)  # before anybody's residual has taken part in this step
+            # Before anybody's residual has taken part in this step. What travels is n_i ∇L_i / Σ n_i.
+            total = sum(self._all_finite(samples, gradient))
+            gradient = share_of_mean(gradient, max(1, total), self._mean)
         element = first_not_finite(gradient) if self.check_finite and samples else -1
         if element >= 0 and not self.together:
             raise self._not_finite(element, self.comm.rank, float(gradient[element]))
@@ -213,8 +217,6 @@ class ParameterServer(Strategy):
         with trace.span("push and pull", "wait"):
             # With backup workers it is the first server that tells who is late.
             exchange = self._links.exchange_in_turn if self.options.backup_workers else self._links.exchange
-            if self.compressor is not None and samples:
-                gradient = share_of_mean(gradient, samples, self._mean)  # residuals are of ∇L_i
             replies = exchange(request, gradient if samples else None, self._slabs.params[0])
         self._read(replies)
 

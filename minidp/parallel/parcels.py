@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minidp.compress import Compressor, ErrorFeedback, Payload, PowerSGD, resolved
+from minidp.compress import Compressor, ErrorFeedback, Payload, PowerSGD, Pruned, resolved
 from minidp.nn import Layout
 from minidp.parallel.slabs import Flat
 
@@ -78,12 +78,25 @@ class Parcel:
         return out
 
 
-def checked_for_servers(compress: Compressor | str | None, argument: str) -> Compressor | None:
-    """A compressor that servers can use; ValueError for one that needs all ranks at once."""
+def checked_for_servers(
+    compress: Compressor | str | None, argument: str, backup_workers: int = 0
+) -> Compressor | None:
+    """A compressor that servers can use. ValueError for one that needs all ranks at once, and for a memory of what
+    was in gradients that are dropped for being late."""
     if compress is None:
         return None
-    compressor = resolved(compress)
-    inner = compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
+    try:
+        compressor = resolved(compress)
+    except ValueError as error:
+        raise ValueError(str(error).replace("compress=", f"{argument}=", 1)) from None
+    inner = compressor
+    while isinstance(inner, ErrorFeedback | Pruned):
+        if backup_workers and isinstance(inner, ErrorFeedback):
+            raise ValueError(
+                f"{argument}={compressor.spec!r}, backup_workers={backup_workers}: late gradients are dropped, "
+                "and error feedback would bring back a part of them: leave one out"
+            )
+        inner = inner.inner
     if isinstance(inner, PowerSGD):
         raise ValueError(
             f"{argument}={compressor.spec!r}: PowerSGD needs the sum of all ranks' P before it knows Q, and "

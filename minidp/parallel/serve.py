@@ -113,7 +113,7 @@ class _Server:
         if op == Op.PUSH and session.opening.push is not None:
             parcel = mail.contents(rank, size)
             if self._fits(request, session):
-                session.unpack(session.opening.workers.index(rank), parcel, request.samples)
+                session.unpack(session.opening.workers.index(rank), parcel)
             return None
         if op == Op.PUT:
             return [mail.contents(rank, size, dtype) for _ in range(1 + request.samples)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from minidp.comm.reduction import is_half
 from minidp.optim import Optimizer
-from minidp.parallel.blocks import BLOCK_BYTES, divided, exact_scale, sum_in_order
+from minidp.parallel.blocks import BLOCK_BYTES, divided, exact_scale, first_not_finite, sum_in_order
 from minidp.parallel.delay import Correction, slowed
 from minidp.parallel.parcels import Parcel
 from minidp.parallel.slabs import Flat, private
@@ -96,6 +96,10 @@ class ServedSlice:
 
         What is lost in packing is still missing in what it was given, so the next change has it.
         """
+        if first_not_finite(self.w) >= 0:
+            raise FloatingPointError(
+                f"after update #{self.version} w is NaN or infinite on this server: lower the learning rate"
+            )
         self.pulled[worker] = self.version
         given, change = self.given[worker], self.w - self.given[worker]
         packed = parcel.pack(change)

@@ -37,6 +37,7 @@ class Opening:
         follows: whether another server tells who is in time (`followers.py`).
         holds: in words, what is in the slice.
         push, pull: how gradients, and changes of w, are packed; None: they are not.
+        shares: whether gradients have been divided by Σ n_i already.
     """
 
     workers: tuple[int, ...]
@@ -53,6 +54,7 @@ class Opening:
     follows: bool = False
     holds: str = ""
     push: Parcel | None = None
+    shares: bool = False
     pull: Parcel | None = None
 
 
@@ -87,12 +89,10 @@ class Session:
         """Where the gradient of ``worker`` is to be received."""
         return self._inbox[worker if self.rounds else 0]
 
-    def unpack(self, worker: int, data: Flat, samples: int) -> None:
-        """A parcel with the gradient of ``worker``, of the mean over its samples, into its inbox."""
+    def unpack(self, worker: int, data: Flat) -> None:
+        """A parcel with the gradient of ``worker`` into its inbox."""
         assert self.opening.push is not None
-        inbox = self.opening.push.unpack(data, self.inbox(worker))
-        if not self._votes:
-            inbox *= samples  # n_i ∇L_i
+        self.opening.push.unpack(data, self.inbox(worker))
 
     # -- requests ----------------------------------------------------------------------------------------
 
@@ -145,7 +145,9 @@ class Session:
         bad = min(((pushed[w].element, w) for w in came if pushed[w].element >= 0), default=None)
         if bad is None:
             if total:
-                self.slice.update([self.inbox(worker) for worker in came], 1 if self._votes else total)
+                self.slice.update(
+                    [self.inbox(worker) for worker in came], 1 if self._votes or self.opening.shares else total
+                )
                 self._count(0)
             else:
                 self.slice.skip()
