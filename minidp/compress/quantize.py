@@ -18,7 +18,7 @@ import numpy as np
 
 from minidp.backend import Array, array_module
 from minidp.compress.bits import like, pack, unpack_signed, whole
-from minidp.compress.compressor import Compressor, Payload, Route, in_words, narrowed
+from minidp.compress.compressor import Compressor, Payload, Route, checked, in_words, narrowed
 
 CHUNK = 2**18  # elements: best of 2^15 to 2^18; smaller is more Python than work
 FRACTION_BITS = 23  # of a random number: as many as float32 has
@@ -39,6 +39,7 @@ class Quantizer(Compressor):
     """
 
     route: ClassVar[Route] = "owners"
+    looks = False  # what is not finite has no finite step
 
     def __init__(self, levels: int, block: int | None, stochastic: bool, *, seed: int = 0, rank: int = 0) -> None:
         super().__init__(seed=seed, rank=rank)
@@ -61,7 +62,7 @@ class Quantizer(Compressor):
         block = self.block or max(1, flat.size)
         random = self._random(key, call) if self.stochastic else None
         steps, levels = xp.zeros(-(-flat.size // block), kind), xp.empty(flat.size, np.int8)
-        with short_buffers(block):
+        with short_buffers(block), np.errstate(invalid="ignore"):
             for at, (source, target) in in_rows(block, flat, levels):
                 rows = source.astype(kind, copy=False)
                 step = self._steps(rows)
@@ -70,6 +71,7 @@ class Quantizer(Compressor):
                 target[...] = nearest(rows, divisor) if random is None else at_random(rows, divisor, random)
                 steps[at] = self._shrunk(rows, step, divisor) if self.shrinks else step
         if not kind.hasobject and not bool(xp.isfinite(steps).all()):
+            checked(flat, key)
             raise ValueError(f"{key} is so long that its norm is beyond {kind}: {self.spec} can't quantise it")
         return steps, pack(levels.view(np.uint8), self.bits)
 
@@ -159,7 +161,7 @@ class TernGrad(Quantizer):
 
     def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
         if self.clip is not None and flat.size:
-            xp, wide = array_module(flat), flat.astype(np.float64)
+            xp, wide = array_module(flat), checked(flat, key).astype(np.float64)
             most = float(xp.abs(wide).max()) or 1.0
             wide /= most  # so that no square overflows
             bound = most * min(1.0, max(self.clip * float(wide.std()), abs(float(wide.mean()))))
@@ -237,7 +239,7 @@ def shares(lengths: Array, levels: int) -> Array:
         products = steps * levels
         up, down = (xp.nextafter(steps, xp.full_like(steps, to)) for to in (np.inf, 0.0))
     # All levels of a step must be numbers, too.
-    return xp.where(products < lengths, up, xp.where(xp.isinf(products), down, steps))
+    return xp.where(products < lengths, up, xp.where(xp.isinf(products) & xp.isfinite(steps), down, steps))
 
 
 def nearest(rows: Array, divisor: Array) -> Array:
