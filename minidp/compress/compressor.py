@@ -1,5 +1,4 @@
-"""g' = compress(g): what every compressor is, and the three ways in which N ranks add up what they have
-compressed.
+"""g' = compress(g): what every compressor is, and the three ways in which N ranks add up payloads.
 
     sum         payloads are of one kind on all ranks, and are added as they are        2(N−1)/N · c bytes a rank
     gather      everybody gets everybody's payload, and adds up what it means           (N−1) · c
@@ -7,8 +6,8 @@ compressed.
                 the sum, which is compressed once more
 
 with c the bytes of a payload (a sum of short arrays, and in processes any, is sent to all at once: (N−1) c, in
-fewer messages). Which way a compressor goes is its `route`. This room knows arrays, no ranks: what
-moves is the `Reducer`'s affair, that of ``minidp.parallel`` or of a test.
+fewer messages). Which way a compressor goes is its `route`. This room knows arrays, no ranks: what moves is the
+`Reducer`'s affair, that of ``minidp.parallel`` or of a test.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ def magnitude_masks(
 
     Args:
         weights: name → array, as of ``state_dict()``. Only matrices and kernels are pruned, not vectors: biases
-        and
-            norms are few, and each matters.
+            and norms are few, and each matters.
         scope: ``"global"``: of all weights together; ``"each"``: this part of each array.
 
     Returns name → bool array, True where a weight stays; only of what is pruned. A function of the weights alone:

@@ -67,9 +67,8 @@ class ParameterServer(Strategy):
         nominal_batch: n̄, the number of samples that counts as one gradient; default: the mean of the workers'
             first batches, of those that have pushed so far. Not for staleness 0, which divides by Σ n_i.
         compress: a ``minidp.compress.Compressor`` or the name of one: what gradients are pushed as. Not PowerSGD.
-        compress_pull: the same for what comes back, which then is by how much w has changed since the last time;
-        what
-            compression has dropped is in the next change. This worker's w is near the servers', not equal to it.
+        compress_pull: the same for what comes back, which then is by how much w has changed since the last time.
+            What compression has dropped is in the next change; this worker's w is near the servers', not equal.
         accumulation_steps: backwards that may be added up before a push.
         check_finite: NonFiniteGradient rather than a push that holds NaN or infinity: with staleness 0 on all
             workers, otherwise on this one alone. The servers know nothing of such a gradient then. (Sums of finite
