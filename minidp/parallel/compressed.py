@@ -38,8 +38,8 @@ class CompressedDataParallel(DataParallel):
     Cost of a step, c bytes of payloads, N ranks: sent 2(N−1)/N c where payloads are summed (see
     ``minidp.compress.compressor``) or parts have owners, (N−1) c where they are gathered; one or two exchanges a
     parameter, after backward (nothing is hidden behind it, and ``bucket_cap_mb`` changes nothing). Each rank
-    updates all of w. Memory a rank: (3 + slots)Ψ, Ψ for residuals with error feedback, and in a step some arrays of
-    the largest parameter's size.
+    updates all of w. Memory a rank: (3 + slots)Ψ, Ψ for residuals with error feedback, and in a step some arrays
+    of the largest parameter's size.
     """
 
     compressor: Compressor
