@@ -702,4 +702,4 @@ def test_the_meter_is_told_of_the_traffic() -> None:
 def test_packed_bytes() -> None:
     """Each bit plane is filled up to whole bytes; eight bits are the numbers themselves."""
     want = {(0, 3): 0, (1, 3): 3, (8, 3): 3, (9, 3): 6, (9, 8): 9, (17, 1): 3}
-    assert {case: bits.packed_nbytes(*case) for case in want} == want
+    assert {(n, width): bits.pack(np.ones(n, np.uint8), width).nbytes for n, width in want} == want

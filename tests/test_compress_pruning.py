@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minidp.compress import Pruned, compressor, get, magnitude_masks
+from minidp.compress import ErrorFeedback, Pruned, compressor, get, magnitude_masks
 from minidp.compress.low_rank import Alone
 from tests.test_compress import PLAIN, SPECS, normal, raw, state_bytes
 from tests.test_compress_exchange import Memory, gradient, plain_sum, together
@@ -279,3 +279,9 @@ def test_pruned_bytes_are_the_density_of_all() -> None:
         if spec.startswith(("none", "fp16", "bf16")):
             kept = magnitude_masks(weights(), 0.3)["0.weight"].sum()
             assert pruned(spec).compress(g, "0.weight").nbytes == kept * (4 if spec == "none" else 2)
+
+
+def test_pruning_goes_around_error_feedback() -> None:
+    """The other way round owners' parts would find no mask, and all would travel."""
+    with pytest.raises(ValueError, match="or is Pruned, which goes around it"):
+        ErrorFeedback(pruned("topk:0.1"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Any
@@ -16,11 +15,11 @@ import pytest
 import minidp
 from minidp import data, nn, optim, parallel, sim
 from minidp.autograd import Tensor
-from minidp.bench.leftovers import children, descriptors, segments
 from minidp.comm import comm_self
 from minidp.compress import EXAMPLES, QSGD, ErrorFeedback, Int8, Pruned, get
 from minidp.compress.compressor import cuts
 from minidp.nn import functional as F
+from tests.leftovers import nothing_is_left
 from tests.test_compress_exchange import Memory, together
 from tests.test_data_parallel import distance, same_bits
 from tests.told import told
@@ -841,17 +840,9 @@ def test_load_state_dict() -> None:
 
 
 @pytest.fixture
-def nothing_is_left() -> Iterator[None]:
-    """No process, segment or descriptor, as tests/test_faults.py sees to."""
-    minidp.spawn(lambda comm: None, 1)  # so that the fork server is there before we count
-    before = children(), segments(), descriptors()
-    yield
-    deadline = time.monotonic() + 2
-    while children() - before[0] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert children() <= before[0], "a process was left"
-    assert segments() <= before[1], "a segment was left in /dev/shm"
-    assert descriptors() <= before[2], "a descriptor was left open"
+def clean() -> Iterator[None]:
+    with nothing_is_left():
+        yield
 
 
 def dies(comm: Any, spec: str, where: str) -> None:
@@ -872,7 +863,7 @@ def dies(comm: Any, spec: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["between", "within"])
 @pytest.mark.parametrize("spec", ["int8", "topk:0.1", "none"])
-def test_a_rank_that_is_killed(spec: str, where: str, nothing_is_left: None) -> None:
+def test_a_rank_that_is_killed(spec: str, where: str, clean: None) -> None:
     with pytest.raises(minidp.RankFailed, match=r"^rank 1 of 3 was killed by SIGKILL") as caught:
         spawned(dies, 3, "process", spec, where)
     assert caught.value.rank == 1

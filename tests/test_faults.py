@@ -16,8 +16,9 @@ import pytest
 
 import minidp
 from minidp import nn, optim, parallel
-from minidp.bench.leftovers import Script, children, descriptors, gone_within, segments
+from minidp.bench.leftovers import Script, gone_within, segments
 from minidp.nn import functional as F
+from tests.leftovers import nothing_is_left
 
 TRIES = [*range(3), *(pytest.param(i, marks=pytest.mark.soak) for i in range(3, 50))]
 NOTICE_S = 0.2  # a dead rank
@@ -26,15 +27,8 @@ MISMATCH_S = 1.0
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    minidp.spawn(lambda comm: None, 1)  # so that the fork server is there before we count
-    before = children(), segments(), descriptors()
-    yield
-    deadline = time.monotonic() + 2
-    while children() - before[0] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert children() <= before[0], "a process was left"
-    assert segments() <= before[1], "a segment was left in /dev/shm"
-    assert descriptors() <= before[2], "a descriptor was left open"
+    with nothing_is_left():
+        yield
 
 
 def training(comm: Any, body: Callable[..., None], *args: Any) -> None:

@@ -37,6 +37,11 @@ def is_half(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 2 and dtype.name in ("float16", "bfloat16")
 
 
+def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """In which numbers of this dtype are summed and divided: wide enough."""
+    return np.dtype(np.float32) if is_half(dtype) else dtype
+
+
 def fold(parts: Sequence[Array], op: ReduceOp, out: Array, divide: bool = False) -> None:
     """``out`` = parts[0] ∘ parts[1] ∘ …, left to right; half precision is added in float32.
 

@@ -13,11 +13,6 @@ from minidp.backend import Array, array_module, asarray
 _EIGHTS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).view(np.uint64).reshape(-1)
 
 
-def packed_nbytes(count: int, bits: int) -> int:
-    """Bytes of ``count`` numbers of so many bits: each bit plane is filled up to whole bytes."""
-    return count if bits == 8 else bits * -(-count // 8)
-
-
 def pack(codes: Array, bits: int) -> Array:
     """The lowest ``bits`` bits of uint8 numbers, flat: all lowest ones, eight to a byte, then the next ones, …
 
@@ -59,22 +54,16 @@ def unpack_signed(data: Array, bits: int, count: int) -> Array:
 _BLOCKS: dict[int, Any] = {255: np.uint8, 65535: np.uint16}
 
 
-def _form(k: int, d: int) -> tuple[int, int]:
-    """(bytes, length of a block; 0: a bitmap)."""
-    if k in (0, d):
-        return 0, 0
+def _block(k: int, d: int) -> int:
+    """The length of a block in the densest form; 0: a bitmap."""
     blocks = [(np.dtype(kind).itemsize * (-(-d // block) + k), block) for block, kind in _BLOCKS.items()]
-    return min((-(-d // 8), 0), *blocks)
-
-
-def positions_nbytes(k: int, d: int) -> int:
-    return _form(k, d)[0]
+    return min((-(-d // 8), 0), *blocks)[1]
 
 
 def pack_positions(where: Array, d: int) -> Array:
     """Ascending positions below d, int64, without repetition: uint8 or uint16, flat."""
     xp, k = array_module(where), where.size
-    _, block = _form(k, d)
+    block = _block(k, d)
     if k in (0, d):  # nothing need be said
         return xp.empty(0, np.uint8)
     if not block:
@@ -89,7 +78,7 @@ def pack_positions(where: Array, d: int) -> Array:
 def unpack_positions(data: Array, k: int, d: int) -> Array:
     """The positions again: int64, shape (k,)."""
     xp = array_module(data)
-    _, block = _form(k, d)
+    block = _block(k, d)
     if k in (0, d):
         return xp.arange(k, dtype=np.int64)
     if not block:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from minidp import backend
 from minidp.backend import Array, to_numpy
 from minidp.compress.bits import like
-from minidp.compress.compressor import Compressor, Payload, Reducer, Route, State, chosen
+from minidp.compress.compressor import Compressor, Payload, Reducer, State, chosen
+from minidp.compress.wrapper import Wrapper
 
 
-class ErrorFeedback(Compressor):
+class ErrorFeedback(Wrapper):
     """``"…+ef"``: any compressor with a memory of its errors, the residual e, one for each key.
 
         p = g + e        Δ = C(p) is what the others get        e = p − Δ
@@ -29,23 +30,18 @@ class ErrorFeedback(Compressor):
     def __init__(self, inner: Compressor) -> None:
         if not isinstance(inner, Compressor):
             raise TypeError(f"ErrorFeedback({inner!r}): give a Compressor, or a name with +ef to get()")
-        if isinstance(inner, ErrorFeedback):
-            raise ValueError(f"{inner.spec} has error feedback already")
-        super().__init__(seed=inner.seed, rank=inner.rank)
-        self.inner = inner.for_error_feedback()
+        if isinstance(inner, Wrapper):
+            raise ValueError(
+                f"{inner!r} in ErrorFeedback: it has error feedback already, or is Pruned, which goes around it"
+            )
+        super().__init__(inner.for_error_feedback())
         self._residuals: dict[str, Array] = {}
-        self.votes = self.inner.votes
-        self.route: Route = self.inner.route  # type: ignore[misc]
-        self.steady = self.inner.steady  # type: ignore[misc]
 
     def compress(self, array: Array, key: str) -> Payload:
         p = self._corrected(array, key)
         payload = self.inner.compress(p, key)
         self._residuals[key] = self.inner.subtract(p, payload)
         return payload
-
-    def decompress(self, payload: Payload) -> Array:
-        return self.inner.decompress(payload)
 
     def exchanged(self, array: Array, key: str, reducer: Reducer) -> tuple[Array, Payload | None]:
         if self.route == "owners" and reducer.world_size > 1:
@@ -55,9 +51,6 @@ class ErrorFeedback(Compressor):
         assert mine is not None
         self._residuals[key] = self.inner.subtract(p, mine)
         return total, mine
-
-    def combine(self, payloads: Sequence[Payload]) -> Array:
-        return self.inner.combine(payloads)
 
     def residual(self, key: str) -> Array:
         """e of this key: what its next gradient will be corrected by."""
@@ -73,19 +66,6 @@ class ErrorFeedback(Compressor):
         p += like(residual, array)
         backend.count(float(p.size), 5.0 * p.nbytes)
         return p
-
-    def needs_shape(self, shape: tuple[int, ...]) -> bool:
-        return self.inner.needs_shape(shape)
-
-    def belong_to(self, rank: int) -> None:
-        super().belong_to(rank)
-        self.inner.belong_to(rank)
-
-    def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
-        raise NotImplementedError("done by the compressor inside")
-
-    def _decode(self, payload: Payload) -> Array:
-        raise NotImplementedError("done by the compressor inside")
 
     def state_dict(self) -> State:
         residuals = {f"residual/{key}": to_numpy(e).copy() for key, e in self._residuals.items()}

@@ -31,7 +31,7 @@ class PowerSGD(Compressor):
     """
 
     route: ClassVar[Route] = "sum"
-    bytes_per_element = 30.0
+    bytes_per_element = 16.0
 
     def __init__(self, approximation_rank: int, *, seed: int = 0, rank: int = 0) -> None:
         super().__init__(seed=seed, rank=rank)

@@ -11,8 +11,9 @@ import numpy as np
 
 from minidp.backend import Array, array_module, asarray, to_numpy
 from minidp.compress.bits import like, pack, unpack
-from minidp.compress.compressor import Compressor, Payload, Reducer, Route, State, chosen
+from minidp.compress.compressor import Compressor, Payload, Reducer, State, chosen
 from minidp.compress.sparsify import checked_density, largest_positions
+from minidp.compress.wrapper import Wrapper
 
 Masks = dict[str, np.ndarray]
 
@@ -50,7 +51,7 @@ def _mask(flat: np.ndarray, density: float) -> np.ndarray:
     return mask
 
 
-class Pruned(Compressor):
+class Pruned(Wrapper):
     """A compressor that is given, of each array, only what a mask keeps; the rest is 0 and does not travel.
 
     Args:
@@ -61,11 +62,8 @@ class Pruned(Compressor):
     """
 
     def __init__(self, inner: Compressor, masks: Mapping[str, np.ndarray]) -> None:
-        super().__init__(seed=inner.seed, rank=inner.rank)
-        self.inner, self.masks = inner, {name: np.asarray(mask, bool) for name, mask in masks.items()}
-        self.votes = inner.votes
-        self.route: Route = inner.route  # type: ignore[misc]
-        self.steady = inner.steady  # type: ignore[misc]
+        super().__init__(inner)
+        self.masks = {name: np.asarray(mask, bool) for name, mask in masks.items()}
 
     def compress(self, array: Array, key: str) -> Payload:
         return replace(self.inner.compress(self._kept(array, key), key), shape=array.shape)
@@ -84,11 +82,9 @@ class Pruned(Compressor):
     def _inside(self, payload: Payload) -> Payload:
         """As the inner compressor made it."""
         mask = self.masks.get(payload.key)
-        return (
-            payload
-            if mask is None or self.needs_shape(mask.shape)
-            else replace(payload, shape=(int(np.count_nonzero(mask)),))
-        )
+        if mask is None or self.needs_shape(mask.shape):
+            return payload
+        return replace(payload, shape=(int(np.count_nonzero(mask)),))
 
     def _kept(self, array: Array, key: str) -> Array:
         mask = self.masks.get(key)
@@ -109,19 +105,6 @@ class Pruned(Compressor):
         whole = xp.zeros(shape, flat.dtype)
         whole[asarray(mask, xp)] = flat
         return whole
-
-    def needs_shape(self, shape: tuple[int, ...]) -> bool:
-        return self.inner.needs_shape(shape)
-
-    def belong_to(self, rank: int) -> None:
-        super().belong_to(rank)
-        self.inner.belong_to(rank)
-
-    def _encode(self, flat: Array, key: str, call: int) -> tuple[Array, ...]:
-        raise NotImplementedError("done by the compressor inside")
-
-    def _decode(self, payload: Payload) -> Array:
-        raise NotImplementedError("done by the compressor inside")
 
     def describe(self) -> tuple[Any, ...]:
         masks = [(name, mask.shape, crc32(np.packbits(mask).tobytes())) for name, mask in self.masks.items()]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minidp.comm.reduction import is_half
+from minidp.comm.reduction import sum_dtype
 from minidp.nn import Layout
 from minidp.optim import Optimizer
 from minidp.parallel.buckets import runs
@@ -55,7 +55,7 @@ def cut_blocks(
     """
     dtype = np.dtype(layout.dtype)
     length = BLOCK_BYTES // dtype.itemsize
-    work = np.empty(length, np.float32 if is_half(dtype) else dtype)
+    work = np.empty(length, sum_dtype(dtype))
     in_place = len(parts) == 1 and work.dtype == parts[0].dtype  # then the sum itself becomes the mean
     scratch = tuple(np.empty(length, dtype) for _ in range(optimizer.scratch))
     sums = tuple(np.empty(length, dtype) for _ in range(upper))
@@ -107,7 +107,7 @@ def divided(summed: Flat, total: Any, out: Flat, dtype: np.dtype[Any]) -> Flat:
 
 def share_of_mean(gradient: Flat, total: Any, out: Flat) -> Flat:
     """gradient / total in ``out``; halves are divided in float32, where totals are exact."""
-    np.divide(gradient, total, out=out, dtype=np.float32 if is_half(gradient.dtype) else out.dtype)
+    np.divide(gradient, total, out=out, dtype=sum_dtype(out.dtype))
     return out
 
 

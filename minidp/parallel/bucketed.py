@@ -21,7 +21,7 @@ import numpy as np
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import Communicator
-from minidp.comm.reduction import is_half
+from minidp.comm.reduction import sum_dtype
 from minidp.comm.work import Work
 from minidp.nn import Layout, Parameter
 from minidp.parallel.buckets import Bucket
@@ -52,13 +52,7 @@ class BucketedDataParallel(DataParallel):
     """
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
-        slabs = Slabs(self.layout, self.optimizer.slots, None)
-        self._broadcast_rest()
-        w = slabs.params[0]
-        self.layout.pack(w)
-        self.comm.broadcast(w, 0)
-        slabs.bind_grads(0)
-        slabs.flip()
+        slabs = self._replicate(self.optimizer.slots)
         # Duplicates: what is in flight holds up no other collective, and Σ n_i does not queue behind the buckets.
         self._moving = comm.duplicate(f"{self.label} buckets")
         self._counting = comm.duplicate(f"{self.label} samples")
@@ -66,7 +60,7 @@ class BucketedDataParallel(DataParallel):
         # Whose sums are the upper levels of the tree of micro-shards: ranks 0 and 1, 2 and 3, then pairs of pairs.
         self._order = None if self.micro_shards is None else "recursive_doubling"
         own = slabs.grads[0]
-        travels = np.zeros(own.size, np.float32 if is_half(own.dtype) else own.dtype)  # wide enough for the sum
+        travels = np.zeros(own.size, sum_dtype(own.dtype))  # wide enough for the sum
         self._views = [(own[b.lo : b.hi], travels[b.lo : b.hi]) for b in self.buckets]
         self._home = _homes(self.layout, self.buckets)  # of each parameter, the index of its bucket
         self._missing: list[set[Parameter]] = []  # of each bucket, whose gradients this backward still owes

@@ -17,7 +17,7 @@ import numpy as np
 
 from minidp import trace
 from minidp.comm import CollectiveMismatch, Communicator
-from minidp.comm.reduction import is_half
+from minidp.comm.reduction import is_half, sum_dtype
 from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
 from minidp.compress.compressor import State
 from minidp.parallel.blocks import first_not_finite, share_of_mean
@@ -50,19 +50,13 @@ class CompressedDataParallel(DataParallel):
         self._mask()  # where a compressor came with masks
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
-        slabs = Slabs(self.layout, self.optimizer.slots, None)
-        self._broadcast_rest()
-        w = slabs.params[0]
-        self.layout.pack(w)
-        self.comm.broadcast(w, 0)
-        slabs.bind_grads(0)
-        slabs.flip()
+        slabs = self._replicate(self.optimizer.slots)
         self._moving = comm.duplicate(f"{self.label} payloads")  # its traffic is that of the gradients
         self._exchanged = self._moving.traffic
         assert self._compress is not None
         self._use(resolved(self._compress, self.seed, comm.rank))
         own = slabs.grads[0]
-        mean = np.zeros(own.size, np.float32 if is_half(own.dtype) else own.dtype)
+        mean = np.zeros(own.size, sum_dtype(own.dtype))
         places = [(s.name, slice(s.offset, s.offset + s.size), s.shape) for s in self.layout.segments]
         self._views = [(name, mean[place].reshape(shape)) for name, place, shape in places]
         return slabs, [(0, self.layout.size)], [mean]

@@ -25,7 +25,7 @@ def gathered(strategy: Stateful) -> tuple[Arrays, dict[str, Any] | None]:
     """By the names of the file, on rank 0, and the facts of it; ({}, None) without compression. Collective."""
     if strategy.compressor is None:
         return {}, None
-    everybody = _at_rank_0(strategy.group, strategy.compressor.state_dict())
+    everybody = _everybodys(strategy.group, strategy.compressor.state_dict())
     arrays = {f"compress@{r}.{name}": array for r, state in enumerate(everybody) for name, array in state.items()}
     facts = {"spec": strategy.compressor.spec, "ranks": strategy.group.world_size, "cut_by": strategy.cut_by}
     return arrays, facts
@@ -54,7 +54,7 @@ def of_compressor(arrays: Mapping[str, np.ndarray], strategy: Stateful, facts: d
     return own if fits else {name: a for name, a in own.items() if name.startswith(("mask/", "shape/"))}
 
 
-def _at_rank_0(group: Group, obj: Any) -> list[Any]:
+def _everybodys(group: Group, obj: Any) -> list[Any]:
     """Everybody's, in rank order, on rank 0; nothing elsewhere. Collective."""
     if not isinstance(group, Communicator):
         everybody = group.all_gather_object(obj, "save compressors")

@@ -20,7 +20,7 @@ import numpy as np
 
 from minidp import trace
 from minidp.comm import Communicator
-from minidp.comm.reduction import is_half
+from minidp.comm.reduction import sum_dtype
 from minidp.nn import Layout, Module
 from minidp.optim import Adam, Optimizer
 from minidp.parallel import norms
@@ -176,7 +176,7 @@ class LocalSGD(Strategy):
             return None
         weights, total = least_weights(counts)
         w = self._replica.w
-        mean: Flat = np.multiply(w, weights[comm.rank], dtype=np.float32 if is_half(w.dtype) else w.dtype)
+        mean: Flat = np.multiply(w, weights[comm.rank], dtype=sum_dtype(w.dtype))
         comm.all_reduce(mean)
         np.divide(mean, total, out=mean)
         return mean

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from minidp.comm import Communicator
-from minidp.comm.reduction import is_half
+from minidp.comm.reduction import sum_dtype
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel import norms
@@ -88,7 +88,7 @@ class NaiveDataParallel(Strategy):
         """Σ n_i ∇L_i / Σ n_i of one parameter, flat. Direct: everybody's, added in order of rank."""
         parameter = self.layout.segments[i].parameter
         own = np.zeros(parameter.shape, parameter.dtype) if parameter.grad is None else parameter.grad.numpy()
-        wide = np.float32 if is_half(own.dtype) else own.dtype  # half precision is summed in float32
+        wide = sum_dtype(own.dtype)  # half precision is summed in float32
         gradient = own.reshape(-1).astype(wide)
         sent, received = self.comm.traffic.bytes_sent, self.comm.traffic.bytes_received
         self.comm.all_reduce(gradient, algorithm="direct")

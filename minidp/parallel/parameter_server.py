@@ -32,7 +32,7 @@ from minidp.parallel.present import Group, Present
 from minidp.parallel.served import Rule
 from minidp.parallel.server_options import ServerOptions
 from minidp.parallel.session import Opening
-from minidp.parallel.slabs import Flat, Slabs
+from minidp.parallel.slabs import Flat
 from minidp.parallel.strategy import StateDict, Strategy
 from minidp.parallel.wire import Op, Reply, Request, Status
 
@@ -123,13 +123,8 @@ class ParameterServer(Strategy):
         self._compress = push, pull
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
         self._loss = 0.0
-        self._slabs = Slabs(self.layout, (), None)
-        self._broadcast_rest()
+        self._slabs = self._replicate(())
         w = self._slabs.params[0]
-        self.layout.pack(w)
-        self.comm.broadcast(w, 0)
-        self._slabs.bind_grads(0)
-        self._slabs.flip()
         number = self.comm.broadcast_object(endpoint.next_session(), 0, "ParameterServer session")
         ranks = self.comm.all_gather_int(endpoint.comm.rank, "ParameterServer ranks")
         turn = self.comm.rank * len(endpoint.servers) // self.comm.world_size

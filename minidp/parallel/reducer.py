@@ -35,7 +35,7 @@ class CommReducer:
         return array
 
     def gather(self, payload: Payload) -> list[Payload]:
-        sizes = self._sizes("gather", payload.key)
+        sizes = self._told.get(("gather", payload.key))
         if sizes is None:
             mine = _sizes_of(payload)
             self._comm.all_gather(sizes := np.empty((self.world_size, mine.size), np.int64), mine)
@@ -46,7 +46,7 @@ class CommReducer:
 
     def scatter(self, payloads: Sequence[Payload]) -> list[Payload]:
         mine = payloads[self.rank]
-        sizes = self._sizes("scatter", mine.key)
+        sizes = self._told.get(("scatter", mine.key))
         if sizes is None:
             ours = np.stack([_sizes_of(payload) for payload in payloads])
             self._comm.all_to_all(sizes := np.empty_like(ours), ours)
@@ -54,9 +54,6 @@ class CommReducer:
         wires = [_wire(payload) for payload in payloads]
         arrived = self._exchange(wires, sizes, wires[self.rank].dtype)
         return [_unwired(data, mine, row) for data, row in zip(arrived, sizes)]
-
-    def _sizes(self, what: str, key: str) -> Array | None:
-        return self._told.get((what, key))
 
     def _tell(self, what: str, key: str, sizes: Array) -> None:
         if self._steady:

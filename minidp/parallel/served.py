@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minidp.comm.reduction import is_half
+from minidp.comm.reduction import sum_dtype
 from minidp.optim import Optimizer
 from minidp.parallel.blocks import BLOCK_BYTES, divided, exact_scale, first_not_finite, sum_in_order
 from minidp.parallel.delay import Correction, slowed
@@ -80,7 +80,7 @@ class ServedSlice:
             for start, stop, group in runs
             for at in range(start, stop, length)
         ]
-        self._work = np.empty(length, np.float32 if is_half(dtype) else dtype)
+        self._work = np.empty(length, sum_dtype(dtype))
         self._scratch = tuple(np.empty(length, dtype) for _ in range(optimizer.scratch))
 
     def give(self, worker: int) -> Flat:

@@ -21,6 +21,7 @@ from minidp.parallel.agreement import agree, check_alone, check_free, check_para
 from minidp.parallel.blocks import first_not_finite
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.layer_state import LayerState
+from minidp.parallel.slabs import Slabs
 from minidp.parallel.state import StateDict, Stateful
 
 __all__ = ["StateDict", "Strategy"]
@@ -257,6 +258,16 @@ class Strategy(Stateful):
         frozen = [p.data for p in self.model.parameters() if id(p) not in inside]
         for array in (*frozen, *self.model.buffers()):
             self.comm.broadcast(array, 0)
+
+    def _replicate(self, slots: tuple[str, ...]) -> Slabs:
+        """A w of this rank's own with rank 0's values, and its gradients; rank 0's buffers, too. Collective."""
+        slabs = Slabs(self.layout, slots, None)
+        self._broadcast_rest()
+        self.layout.pack(slabs.params[0])
+        self.comm.broadcast(slabs.params[0], 0)
+        slabs.bind_grads(0)
+        slabs.flip()
+        return slabs
 
     def _options(self) -> tuple[Any, ...]:
         """What else all ranks must agree about."""
