@@ -5,17 +5,26 @@ between the two raise TypeError; only `asnumpy` and `asarray` cross. Full reduct
 0-d arrays, and each read of a scalar (`item`, `float`, `bool` …), which would make a GPU wait, is counted.
 The module `xp` offers what NumPy and CuPy share and nothing more: a ufunc takes `out` and `dtype`, no `order`.
 Everything is computed by NumPy underneath, so results are equal to NumPy's to the bit.
+
+Within ``kernels()``, and on a ``DoubleDevice(kernels=True)``, the module has CuPy's `RawModule`, too: what has
+CUDA kernels then runs them, compiled for the host (`host_cuda`), with their own order of sums.
 """
 
 from __future__ import annotations
 
+import mmap
 import operator
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from minidp.backend import register_array_type
+from minidp.backend import Device, register_array_type
+from tests import host_cuda
 
 scalar_reads = 0
 
@@ -50,6 +59,7 @@ class DeviceArray:
     strides = property(lambda self: self._host.strides)
     flags = property(lambda self: Flags(self._host.flags))
     T = property(lambda self: wrap(self._host.T))
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -112,8 +122,18 @@ def unwrap_index(index: Any) -> Any:
     return index._host if isinstance(index, DeviceArray) else index
 
 
+def _quietly(function: Any) -> Any:
+    """A GPU has no floating-point warnings."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def _operator(name: str) -> Any:
-    function = getattr(operator, name)
+    function = _quietly(getattr(operator, name))
 
     def forward(self: DeviceArray, other: Any) -> Any:
         if isinstance(other, DeviceArray | int | float | np.generic):
@@ -126,7 +146,7 @@ def _operator(name: str) -> Any:
         return wrap(function(unwrap(other), self._host))
 
     def in_place(self: DeviceArray, other: Any) -> Any:
-        getattr(operator, "i" + name.strip("_"), function)(self._host, unwrap(other))
+        _quietly(getattr(operator, "i" + name.strip("_"), function))(self._host, unwrap(other))
         return self
 
     return forward, reflected, in_place
@@ -158,7 +178,7 @@ def _method(name: str, allowed: tuple[str, ...]) -> Any:
         out = kwargs.get("out")
         if out is not None:
             kwargs["out"] = unwrap(out)
-        result = getattr(self._host, name)(*args, **kwargs)
+        result = _quietly(getattr(self._host, name))(*args, **kwargs)
         return out if out is not None else wrap(result)
 
     return method
@@ -175,7 +195,6 @@ _METHODS = {
     "argmax": ("axis", "out", "keepdims"),
     "argsort": ("axis", "kind"),
     "astype": ("dtype", "copy"),
-    "view": ("dtype",),
     "reshape": (),
     "transpose": (),
     "swapaxes": (),
@@ -199,7 +218,7 @@ class Ufunc:
         if out is not None:
             assert isinstance(out, DeviceArray), "out must be a device array"
             options["out"] = out._host
-        result = self.ufunc(*(unwrap(a) for a in args), **options)
+        result = _quietly(self.ufunc)(*(unwrap(a) for a in args), **options)
         return out if out is not None else wrap(result)
 
     def reduceat(self, array: DeviceArray, indices: DeviceArray, axis: int = 0) -> DeviceArray:
@@ -209,11 +228,26 @@ class Ufunc:
         self.ufunc.at(array._host, unwrap_index(index), unwrap(value))
 
 
+def aligned_view(self: DeviceArray, dtype: Any = None) -> DeviceArray:
+    """A GPU reads numbers only at multiples of their size: CuPy makes such a view, and its kernels fail."""
+    host = self._host.view() if dtype is None else self._host.view(dtype)
+    assert host.size == 0 or host.ctypes.data % host.itemsize == 0, (
+        f"{host.dtype} at an address it can't be read at"
+    )
+    return wrap(host)
+
+
+DeviceArray.view = aligned_view
+
+
 def asarray(x: Any, dtype: Any = None) -> DeviceArray:
     """From the host (a copy, as a transfer is one) or the device."""
     if isinstance(x, DeviceArray):
         return x if dtype is None or x.dtype == dtype else x.astype(dtype)
-    return DeviceArray(np.array(x, dtype=dtype))
+    host = np.array(x, dtype=dtype)
+    if host.dtype.hasobject:
+        raise ValueError(f"Unsupported dtype {host.dtype}")
+    return DeviceArray(host)
 
 
 def ascontiguousarray(x: DeviceArray, dtype: Any = None) -> DeviceArray:
@@ -233,9 +267,8 @@ def as_strided(x: DeviceArray, shape: Any, strides: Any) -> DeviceArray:
 
 
 def dot(a: DeviceArray, b: DeviceArray) -> DeviceArray:
-    """Stays on the device. A GPU has no floating-point warnings."""
-    with np.errstate(all="ignore"):
-        return wrap(np.dot(a._host, b._host))
+    """Stays on the device."""
+    return wrap(_quietly(np.dot)(a._host, b._host))
 
 
 def clip(a: DeviceArray, a_min: Any, a_max: Any, out: DeviceArray | None = None) -> DeviceArray:
@@ -298,7 +331,7 @@ def _made(function: Any) -> Any:
 
 _UFUNCS = ["add", "subtract", "multiply", "divide", "negative", "exp", "log", "sqrt", "tanh"]
 _UFUNCS += ["maximum", "minimum", "reciprocal", "matmul", "copysign", "isfinite", "isinf", "square"]
-_UFUNCS += ["rint", "floor", "sign", "nextafter", "right_shift", "bitwise_and"]
+_UFUNCS += ["fmin", "rint", "floor", "sign", "nextafter", "right_shift", "bitwise_and"]
 xp = SimpleNamespace(
     __name__="device_double",
     ndarray=DeviceArray,
@@ -332,3 +365,73 @@ xp = SimpleNamespace(
 )
 
 register_array_type(DeviceArray, xp)
+
+
+class DoubleDevice(Device):
+    """A device whose arrays are the double's, and whose memory other processes can open, as a GPU's by CUDA's IPC.
+
+    Without ``shareable`` only this process sees its memory. It computes at once, so that order needs no events;
+    but it counts them, and a read of shared memory is in order only if every rank's event has been recorded, and
+    waited for, since it was written.
+    """
+
+    name = "double"
+
+    def __init__(self, shareable: bool = True, places: int = 1, kernels: bool = False) -> None:
+        self.shareable, self.places, self.kernels = shareable, places, kernels
+        self.started_by: int | None = None
+        self.recorded = self.waited = 0
+        self._mine: dict[bytes, Any] = {}
+
+    @property
+    def xp(self) -> Any:
+        return xp
+
+    def start(self, local_rank: int = 0) -> None:
+        if self.kernels:
+            xp.RawModule = host_cuda.RawModule
+        if self.started_by is None:
+            self.started_by = local_rank
+
+    def identity(self) -> str:
+        assert self.started_by is not None, "a device is started before it is used"
+        return f"double {self.started_by % self.places}"
+
+    def share(self, nbytes: int) -> tuple[DeviceArray, bytes]:
+        file = os.memfd_create("double")
+        weakref.finalize(self, os.close, file)
+        os.ftruncate(file, max(1, nbytes))
+        array = DeviceArray(np.frombuffer(mmap.mmap(file, max(1, nbytes)), np.uint8)[:nbytes])
+        handle = f"/proc/{os.getpid()}/fd/{file}".encode() if self.shareable else b"none %d" % file
+        self._mine[handle] = array
+        return array, handle
+
+    def open(self, handle: bytes, nbytes: int) -> DeviceArray:
+        if handle in self._mine:
+            return self._mine[handle]
+        if handle.startswith(b"none"):
+            raise OSError("this double's memory is its own")
+        with open(handle, "r+b") as file:
+            return DeviceArray(np.frombuffer(mmap.mmap(file.fileno(), nbytes), np.uint8))
+
+    def new_event(self) -> tuple[int, bytes]:
+        return 0, b"event"
+
+    def open_event(self, handle: bytes) -> int:
+        return 0
+
+    def record(self, event: Any) -> None:
+        self.recorded += 1
+
+    def wait(self, event: Any) -> None:
+        self.waited += 1
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Within the block CUDA kernels run, as they do on a GPU."""
+    xp.RawModule = host_cuda.RawModule
+    try:
+        yield
+    finally:
+        del xp.RawModule

@@ -9,7 +9,7 @@ import minidp
 from minidp import backend, nn, optim
 from minidp.autograd import Tensor
 from minidp.nn import functional as F
-from tests import device_double
+from tests import device_double, host_cuda
 from tests.device_double import DeviceArray, xp
 from tests.test_autograd_ops import CASES, make
 
@@ -100,6 +100,24 @@ def test_arrays_of_the_device_as_indices(index):
     assert np.array_equal(d.grad.numpy(), h.grad)
 
 
+@pytest.mark.skipif(host_cuda.available() is not None, reason=str(host_cuda.available()))
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffle"])
+def test_picked_twice_is_added_in_one_order_by_kernels(order):
+    rng = np.random.default_rng(0)
+    a, rows = rng.standard_normal((5, 3)), np.array([[0, 4], [0, 0], [2, -1]])
+    grad = rng.standard_normal((3, 2, 3))
+    h, d = (Tensor(x, requires_grad=True) for x in (a, xp.asarray(a)))
+    h[rows].backward(grad)
+    with device_double.kernels(), host_cuda.order(order, 1):
+        d[xp.asarray(rows)].backward(xp.asarray(grad))
+        d2 = Tensor(xp.asarray(a), requires_grad=True)
+        d2[
+            xp.asarray(np.array([True, False, True, False, True])), xp.asarray(np.array([1, 1, 2]))
+        ].sum().backward()
+    assert np.allclose(d.grad.numpy(), h.grad, rtol=1e-15)
+    assert d2.grad.numpy().tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]
+
+
 def test_mixing_tensors_of_host_and_device_raises():
     d, h = Tensor(xp.asarray(np.ones(3))), Tensor(np.ones(3))
     for mix in (
@@ -163,7 +181,7 @@ def test_training_has_the_bits_of_numpy_and_reads_few_scalars(rule, hyper, loss)
             with nn.dropout_scope(update=t):
                 losses.append(getattr(F, loss)(model(a), b))
             losses[-1].backward(2)
-            assert device_double.scalar_reads - before <= (loss == "cross_entropy")  # "is any label wrong?"
+            assert device_double.scalar_reads == before
         assert len({value.item() for value in losses}) == 1
         before = device_double.scalar_reads
         for optimizer in optimizers[:2]:
@@ -199,15 +217,15 @@ def text(rng):
 
 
 @pytest.mark.parametrize(
-    ("build", "batch", "reads", "reads_in_evaluation"),
-    [  # checks of labels and of tokens read one each, BatchNorm(momentum=None) its count
-        pytest.param(lambda: nn.cnn((2, 7, 6), (3, 4), 3), pictures, 1, 0, id="cnn"),
-        pytest.param(lambda: nn.GPT(11, 6, 8, 2, 2), text, 2, 1, id="GPT"),
-        pytest.param(lambda: nn.GPT(11, 9, 8, 2, 1, dropout=0.2), text, 2, 1, id="GPT with dropout"),
-        pytest.param(normalised_cnn, pictures, 2, 0, id="BatchNorm"),
+    ("build", "batch", "reads"),
+    [  # BatchNorm(momentum=None) reads its count
+        pytest.param(lambda: nn.cnn((2, 7, 6), (3, 4), 3), pictures, 0, id="cnn"),
+        pytest.param(lambda: nn.GPT(11, 6, 8, 2, 2), text, 0, id="GPT"),
+        pytest.param(lambda: nn.GPT(11, 9, 8, 2, 1, dropout=0.2), text, 0, id="GPT with dropout"),
+        pytest.param(normalised_cnn, pictures, 1, id="BatchNorm"),
     ],
 )
-def test_models_have_the_bits_of_numpy_and_read_few_scalars(build, batch, reads, reads_in_evaluation):
+def test_models_have_the_bits_of_numpy_and_read_few_scalars(build, batch, reads):
     """Training, with buffers and slots of gradients on the device too, then evaluation."""
     host, device = build(), build()
     to_device(device, grads=True)
@@ -234,7 +252,7 @@ def test_models_have_the_bits_of_numpy_and_read_few_scalars(build, batch, reads,
     assert all(found[name].tobytes() == reference[name].tobytes() for name in reference)
     before = device_double.scalar_reads
     y = device.eval()(xp.asarray(x))
-    assert device_double.scalar_reads - before == reads_in_evaluation
+    assert device_double.scalar_reads == before
     assert y.numpy().tobytes() == host.eval()(x).numpy().tobytes()
 
 
@@ -245,7 +263,9 @@ def test_embeddings_of_the_device():
         F.embedding(place.asarray(tokens), weight).sum().backward()
         assert weight.grad.numpy().tolist() == [[2, 2], [1, 1], [3, 3], [0, 0]]
     with pytest.raises(IndexError, match="token 4 at place 1"):
-        F.embedding(xp.asarray(np.array([[0], [4]])), weight)
+        F.embedding(np.array([[0], [4]]), weight)
+    rows = F.embedding(xp.asarray(np.array([[0], [4], [-1]])), weight).numpy()  # there nobody looks, and waits
+    assert np.isnan(rows).all(axis=2).ravel().tolist() == [False, True, True]
 
 
 def test_a_model_on_the_device_takes_state_from_the_host_and_names_wrong_labels():
@@ -256,8 +276,10 @@ def test_a_model_on_the_device_takes_state_from_the_host_and_names_wrong_labels(
     assert np.array_equal(model.state_dict()["weight"], state["weight"])
     model.initialize(3)
     assert np.array_equal(model.weight.numpy(), nn.Linear(3, 2).initialize(3).weight)
+    logits = model(np.ones((2, 3)))
     with pytest.raises(ValueError, match="label 2 of sample 1"):
-        F.cross_entropy(model(xp.asarray(np.ones((2, 3)))), xp.asarray(np.array([0, 2])))
+        F.cross_entropy(logits, np.array([0, 2]))
+    assert np.isnan(F.cross_entropy(logits, xp.asarray(np.array([0, 2]))).item())
     model.unbind()
     model.astype("float64")
     assert type(model.weight.data) is DeviceArray

@@ -12,7 +12,7 @@ from typing import Any
 
 from minidp.autograd.function import Function, nbytes_of
 from minidp.autograd.images import Pair, Windows, chwn, nchw, windows
-from minidp.backend import Array
+from minidp.backend import Array, matmul
 
 # Bytes of patches in a piece. A second-level cache holds it with what it is multiplied with: of 64 KB … 8 MB,
 # 512 KB was best for 16 → 32 channels forward and backward (Zen 4, 1 MB).
@@ -30,6 +30,7 @@ class Conv2d(Function):
     """
 
     fresh = True
+    moves = True
 
     def forward(
         self, x: Array, weight: Array, bias: Array | None = None, stride: Pair = 1, padding: Pair = 0
@@ -56,7 +57,7 @@ class Conv2d(Function):
             w[:, :-1], w[:, -1] = kernel, bias
         y = xp.empty((len(weight), *over.out, x.shape[0]), dtype=weight.dtype)
         for columns, patches, _, _ in self.pieces(over, image, w.shape[1], y):
-            xp.matmul(w, patches, out=columns)
+            matmul(w, patches, out=columns)
         return nchw(y)
 
     def backward(self, grad: Array) -> Any:
@@ -70,9 +71,9 @@ class Conv2d(Function):
         grad_image = xp.zeros(image.shape, dtype=image.dtype) if needs[0] else None
         grad_w = xp.zeros((pixels + with_bias, len(w)), dtype=w.dtype)  # this way round it is faster by a third
         for columns, patches, images, tile in self.pieces(over, image, len(grad_w), grad):
-            grad_w += patches @ columns.T
+            grad_w += matmul(patches, columns.T, gradient=1)
             if grad_image is not None:
-                xp.matmul(transposed, columns, out=patches[:pixels])  # the patches have been used
+                matmul(transposed, columns, out=patches[:pixels], gradient=1)  # the patches have been used
                 self.add_back(over, grad_image, images, tile)
         grads = [
             None if grad_image is None else nchw(over.crop(grad_image)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from minidp.backend import Array, array_types, asarray, current_meter
 
 if TYPE_CHECKING:
@@ -87,7 +89,9 @@ def _seed(root: Tensor, gradient: Any) -> Array:
         )
     if data.dtype == object:
         gradient = Fraction(gradient)  # an int would turn into a float at the first division
-    return xp.asarray(gradient, dtype=data.dtype).reshape(data.shape)
+    if xp is not np:
+        return xp.full(data.shape, gradient, dtype=data.dtype)  # made there; an array of the host would be moved
+    return np.asarray(gradient, dtype=data.dtype).reshape(data.shape)
 
 
 def _consumers(root: Function) -> tuple[dict[Function, int], dict[Tensor, int]]:

@@ -6,7 +6,9 @@ import math
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from minidp.backend import Array, array_module, array_types, current_meter
+import numpy as np
+
+from minidp.backend import Array, array_module, array_types, asarray, current_meter, find_module
 
 if TYPE_CHECKING:
     from minidp.autograd.tensor import Tensor
@@ -34,12 +36,21 @@ class Function:
     Attributes: `xp` the array module; `inputs` what `apply` was given; `needs` whether each input needs a
     gradient, all False when nothing is recorded; `saved` what forward keeps for backward. A graph is used
     once, so backward may overwrite the arrays in `saved` that forward made itself.
+
+    Arrays of the host and of a device don't mix: that is a TypeError, so that nothing moves unseen. The exceptions
+    are operations where a batch meets parameters; they say so by `moves`.
     """
 
     __slots__ = ("inputs", "needs", "saved", "xp")
 
     fresh: ClassVar[bool] = False
     """True promises that backward returns new arrays (or slots), held by nobody else: no copy is needed."""
+
+    moves: ClassVar[bool] = False
+    """True: inputs on the host that need no gradient go to the device where the others lie."""
+
+    fused: ClassVar[type[Function] | None] = None
+    """The same operation for devices that run CUDA kernels, a subclass (`nn.fused`); None: it runs as it is."""
 
     inputs: tuple[Any, ...] | None
     needs: list[bool]
@@ -81,16 +92,22 @@ class Function:
     @classmethod
     def apply(cls, *inputs: Any, **options: Any) -> Tensor:
         """Run forward on `inputs` (tensors, raw arrays, numbers); record the node if a gradient will flow."""
-        fn = cls()
         arrays, needs = [], []
         for x in inputs:
             is_tensor = isinstance(x, Tensor)
             arrays.append(x.data if is_tensor else x)
             needs.append(is_tensor and x.requires_grad)
         record = True in needs and grad_enabled.get()
-        fn.needs = needs if record else [False] * len(needs)
         number_first = len(arrays) > 1 and not hasattr(arrays[0], "shape")  # as in 2 / x
-        xp = fn.xp = array_module(arrays[number_first])
+        xp = array_module(arrays[number_first])
+        if len(array_types) > 1:  # there are arrays of a device about
+            if cls.moves:
+                xp = meet(arrays, needs)
+            if xp is not np and cls.fused is not None and hasattr(xp, "RawModule"):
+                cls = cls.fused
+        fn = cls()
+        fn.needs = needs if record else [False] * len(needs)
+        fn.xp = xp
         data = fn.forward(*arrays, **options)
         if type(data) not in array_types:  # a full reduction gives NumPy's scalar, or a lone Fraction
             data = xp.asarray(data)
@@ -124,6 +141,16 @@ class Function:
         if type(grad) not in array_types:  # the product of two 0-d arrays is a scalar
             grad = self.xp.asarray(grad)
         return unbroadcast(grad, self.inputs[k].data.shape)
+
+
+def meet(arrays: list[Any], needs: list[bool]) -> Any:
+    """The array module of these arrays; those of the host are moved to the others' device, in place."""
+    xp = next((home for home in map(find_module, arrays) if home not in (None, np)), np)
+    if xp is not np:
+        for i, x in enumerate(arrays):
+            if isinstance(x, np.ndarray) and not needs[i]:
+                arrays[i] = asarray(x, xp)
+    return xp
 
 
 def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from minidp.autograd.function import Function, nbytes_of
-from minidp.backend import Array
+from minidp.backend import Array, matmul, sums
 
 # ── elementwise, two inputs ─────────────────────────────────────────────────────────────────────────────
 
@@ -154,7 +154,7 @@ class MatMul(Function):
 
     def forward(self, a: Array, b: Array) -> Array:
         self.saved = a, b
-        return a @ b
+        return matmul(a, b)
 
     def backward(self, grad: Array) -> Any:
         a, b = self.saved
@@ -164,10 +164,10 @@ class MatMul(Function):
         G = G[..., None, :] if a.ndim == 1 else G  # (..., n, m)
         grad_a = grad_b = None
         if self.needs[0]:
-            grad_a = G @ B.swapaxes(-1, -2)
+            grad_a = matmul(G, B.swapaxes(-1, -2), gradient=0)
             grad_a = self.fit(0, grad_a[..., 0, :] if a.ndim == 1 else grad_a)
         if self.needs[1]:
-            grad_b = A.swapaxes(-1, -2) @ G
+            grad_b = matmul(A.swapaxes(-1, -2), G, gradient=1)
             grad_b = self.fit(1, grad_b[..., 0] if b.ndim == 1 else grad_b)
         return grad_a, grad_b
 
@@ -294,9 +294,15 @@ class GetItem(Function):
         parts = index if type(index) is tuple else (index,)
         if all(i is None or i is ... or isinstance(i, slice | int) for i in parts):
             out[index] = grad  # each element is picked at most once: 20 times as fast
-        else:
+        elif not self.add_sorted(out, index, grad):
             self.xp.add.at(out, index, grad)  # adds where an index occurs twice; out[index] += grad would not
         return out
+
+    def add_sorted(self, out: Array, index: Any, grad: Array) -> bool:
+        """The same on a GPU, where add.at adds in another order every time; False where no kernel does it."""
+        if sums.KERNELS.on(self.xp, out.dtype) is None:
+            return False
+        return sums.add_at(out, self.xp.arange(out.size).reshape(out.shape)[index], grad)
 
     def traffic(self, out: Any, *inputs: Any) -> tuple[float, float]:
         return 2 * out.nbytes, nbytes_of(inputs[0]) + 3 * out.nbytes  # what is picked; zeros, then added to

@@ -11,7 +11,7 @@ import numpy as np
 from minidp.autograd import ops
 from minidp.autograd.engine import backward
 from minidp.autograd.function import Function, grad_enabled
-from minidp.backend import Array, array_module, array_types, asarray, find_module, to_numpy
+from minidp.backend import Array, array_module, array_types, asarray, find_module, item, to_numpy
 
 Axis = int | tuple[int, ...] | None
 
@@ -86,7 +86,7 @@ class Tensor:
 
     def item(self) -> Any:
         """Return the only element as a Python number (waits for the device)."""
-        return self.data.item()
+        return item(self.data)
 
     def detach(self) -> Tensor:
         """Return a tensor on the same data that is no part of the graph."""

@@ -1,13 +1,19 @@
-"""The update rules, written as they stand in the papers, in place and without a temporary array."""
+"""The update rules, written as they stand in the papers, in place and without a temporary array.
+
+Where CUDA kernels run, each is one kernel (``rules.cu``), with the bits of what is written here.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from minidp.backend import Array, array_module
+from minidp.backend import Array, Kernels, array_module
 from minidp.optim.optimizer import LearningRate, Optimizer
+
+KERNELS = Kernels(Path(__file__).with_name("rules.cu"), "sgd", "adam")
 
 
 class SGD(Optimizer):
@@ -61,6 +67,14 @@ class SGD(Optimizer):
     ) -> None:
         xp = array_module(w)
         decay, momentum = hyper["weight_decay"], hyper["momentum"]
+        kernels = KERNELS.on(xp, w.dtype)
+        if kernels is not None:
+            m, m_out = (s["momentum_buffer"] if momentum else w for s in (state, state_out))
+            kernels.each(
+                "sgd", w.size, w, g, m, w_out, m_out,
+                float(lr), float(scale), float(decay), float(momentum), int(hyper["nesterov"]),
+            )  # fmt: skip
+            return
         if not decay and not momentum:
             xp.multiply(g, lr * scale, out=scratch[0])
             xp.subtract(w, scratch[0], out=w_out)
@@ -130,11 +144,22 @@ class Adam(Optimizer):
         scale: Any = 1,
     ) -> None:
         xp = array_module(w)
-        if scale != 1:
-            xp.multiply(g, scale, out=g)
         beta1, beta2 = hyper["betas"]
         decay, work = hyper["weight_decay"], scratch[0]
         m, v = state_out["exp_avg"], state_out["exp_avg_sq"]
+        # η m̂ / (√v̂ + ε) = (η √c₂ / c₁) m / (√v + ε √c₂) with c_i = 1 − β_iᵗ⁺¹: one pass fewer.
+        c1, root_c2 = 1 - beta1 ** (t + 1), math.sqrt(1 - beta2 ** (t + 1))
+        kernels = KERNELS.on(xp, w.dtype)
+        if kernels is not None:
+            coupled, keep = (0.0, 1 - lr * decay) if self.decoupled else (decay, 1.0)
+            kernels.each(
+                "adam", w.size, w, g, state["exp_avg"], state["exp_avg_sq"], w_out, m, v,
+                float(scale), float(coupled), float(keep), float(beta1), float(beta2),
+                float(hyper["eps"] * root_c2), float(lr * root_c2 / c1),
+            )  # fmt: skip
+            return
+        if scale != 1:
+            xp.multiply(g, scale, out=g)
         if decay and not self.decoupled:
             xp.multiply(w, decay, out=work)
             xp.add(g, work, out=g)
@@ -145,8 +170,6 @@ class Adam(Optimizer):
         xp.multiply(g, 1 - beta2, out=g)
         xp.multiply(state["exp_avg_sq"], beta2, out=v)
         xp.add(v, g, out=v)
-        # η m̂ / (√v̂ + ε) = (η √c₂ / c₁) m / (√v + ε √c₂) with c_i = 1 − β_iᵗ⁺¹: one pass fewer.
-        c1, root_c2 = 1 - beta1 ** (t + 1), math.sqrt(1 - beta2 ** (t + 1))
         xp.sqrt(v, out=work)
         xp.add(work, hyper["eps"] * root_c2, out=work)
         xp.divide(m, work, out=g)
