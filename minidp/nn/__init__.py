@@ -1,6 +1,15 @@
 """Modules, layers, losses and a few whole models."""
 
-from minidp.nn import functional
+from minidp.nn import (  # noqa: F401
+    functional,
+    fused,
+    fused_batch_norm,
+    fused_dropout,
+    fused_embedding,
+    fused_images,
+    fused_linear,
+    fused_rows,
+)
 from minidp.nn.batch_norm import BatchNorm1d, BatchNorm2d
 from minidp.nn.convolution import AvgPool2d, Conv2d, MaxPool2d
 from minidp.nn.dropout import Dropout, DropoutScope, dropout_scope

@@ -13,19 +13,19 @@ import math
 from typing import Any
 
 from minidp.autograd.function import Function
-from minidp.backend import Array
+from minidp.backend import Array, matmul
 
 
 def attend(q: Array, k: Array, v: Array, causal: bool, xp: Any) -> tuple[Array, Array]:
     """(Y, P) for Q (..., t, d), K and V (..., s, d)."""
-    p = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
+    p = matmul(q * (1 / math.sqrt(q.shape[-1])), k.swapaxes(-1, -2))
     if causal:
         p += later(p, xp)
     if p.shape[-1]:
         p -= p.max(axis=-1, keepdims=True)
     xp.exp(p, out=p)
     p /= p @ xp.ones((p.shape[-1], 1), dtype=p.dtype)  # Σ: a product is a fifth of the time of sum()
-    return p @ v, p
+    return matmul(p, v), p
 
 
 def later(scores: Array, xp: Any) -> Array:
@@ -37,12 +37,13 @@ def later(scores: Array, xp: Any) -> Array:
 
 def attend_backward(grad: Array, q: Array, k: Array, v: Array, p: Array, y: Array) -> tuple[Array, Array, Array]:
     """(∂Q, ∂K, ∂V) from ∂Y; Σ_s ∂P · P is taken as Σ_d ∂Y · Y, which is the same and shorter."""
-    grad_v = p.swapaxes(-1, -2) @ grad
-    grad_s = grad @ v.swapaxes(-1, -2)
+    grad_v = matmul(p.swapaxes(-1, -2), grad, gradient=1)
+    grad_s = matmul(grad, v.swapaxes(-1, -2), gradient=0)
     grad_s -= (grad * y).sum(axis=-1, keepdims=True)
     grad_s *= p
     grad_s *= 1 / math.sqrt(q.shape[-1])
-    return grad_s @ k, grad_s.swapaxes(-1, -2) @ q, grad_v
+    grad_k = matmul(grad_s.swapaxes(-1, -2), q, gradient=0)
+    return matmul(grad_s, k, gradient=0), grad_k, grad_v
 
 
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
@@ -58,15 +59,17 @@ class Attention(Function):
     """Q (..., t, d), K (..., s, d), V (..., s, d) → (..., t, d)."""
 
     fresh = True
+    attend = staticmethod(attend)
+    attend_backward = staticmethod(attend_backward)
 
     def forward(self, q: Array, k: Array, v: Array, causal: bool = False) -> Array:
         check_shapes(q.shape, k.shape, v.shape)
-        y, p = attend(q, k, v, causal, self.xp)
+        y, p = self.attend(q, k, v, causal, self.xp)
         self.saved = q, k, v, p, y
         return y
 
     def backward(self, grad: Array) -> Any:
-        return attend_backward(grad, *self.saved)
+        return self.attend_backward(grad, *self.saved)
 
     def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
         product = 2.0 * out.size * inputs[1].shape[-2]
@@ -85,7 +88,7 @@ class SelfAttention(Attention):
 
     def forward(self, packed: Array, heads: int, causal: bool = False) -> Array:  # type: ignore[override]
         q, k, v = self.split(packed, heads)
-        y, p = attend(q, k, v, causal, self.xp)
+        y, p = self.attend(q, k, v, causal, self.xp)
         self.saved = q, k, v, p, y
         b, h, t, d = y.shape
         return y.transpose(0, 2, 1, 3).reshape(b, t, h * d)
@@ -95,7 +98,7 @@ class SelfAttention(Attention):
         b, h, t, d = q.shape
         grad = grad.reshape(b, t, h, d).transpose(0, 2, 1, 3)
         out = self.xp.empty((b, t, 3 * h * d), dtype=grad.dtype)
-        for view, g in zip(self.split(out, h), attend_backward(grad, *self.saved)):
+        for view, g in zip(self.split(out, h), self.attend_backward(grad, *self.saved)):
             view[...] = g
         return out
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Self
 
 import numpy as np
 
 from minidp.autograd import Tensor
-from minidp.backend import Array, array_module, array_types, asarray, generator, to_numpy
+from minidp.backend import Array, Device, array_module, array_types, asarray, generator, get_device, to_numpy
 from minidp.nn.layout import Layout
 from minidp.nn.parameter import Parameter
 
@@ -141,18 +141,30 @@ class Module:
         dtype = np.dtype(dtype)
         if dtype.kind not in "fO":
             raise TypeError(f"parameters can be float16, float32 or float64, not {dtype}")
+        self._replace(lambda array: _convert(array, dtype) if array.dtype.kind in "fO" else array)
+        return self
+
+    def _replace(self, change: Callable[[Array], Array]) -> None:
+        """Put ``change(array)`` in place of every parameter's data and every buffer."""
         for name, parameter in self.named_parameters():
             _check_writable(parameter, name)
             if parameter._grad_slot is not None:
                 raise RuntimeError(f"{name} is bound to a slab of {parameter.dtype}: unbind() the model first")
         for parameter in self.parameters():
             parameter.grad = None
-            parameter.data = _convert(parameter.data, dtype)
+            parameter.data = change(parameter.data)
         for module in self.modules():
             for name in module._buffers:
-                array = getattr(module, name)
-                if array.dtype.kind in "fO":
-                    setattr(module, name, _convert(array, dtype))
+                setattr(module, name, change(getattr(module, name)))
+
+    def to(self, device: str | Device) -> Self:
+        """Move all parameters and buffers, in place, to ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Strategies do, too.
+
+        Gradients are dropped. RuntimeError while a strategy owns the parameters, DeviceUnavailable without one.
+        """
+        device = get_device(device)
+        device.start()
+        self._replace(device.asarray)
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:

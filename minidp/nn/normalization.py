@@ -18,6 +18,7 @@ class LayerNorm(Function):
     """
 
     fresh = True
+    moves = True
 
     def forward(self, x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
         if x.shape[x.ndim - weight.ndim :] != weight.shape:
@@ -89,6 +90,7 @@ class BatchNorm(Function):
     """
 
     fresh = True
+    moves = True
 
     def forward(
         self,
