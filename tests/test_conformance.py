@@ -221,6 +221,13 @@ def deferred(comm: Communicator) -> None:
     comm.all_reduce(a, async_op=True)
     comm.barrier()
     assert (a == p * p).all()
+    first = comm.all_reduce(a, async_op=True)
+    if comm.rank == 0:
+        first.wait()  # the others begin the second before they come to the first
+    second = comm.all_reduce(np.ones(4), async_op=True)
+    first.wait()
+    second.wait()
+    assert (a == p**3).all()
 
 
 def counted(comm: Communicator) -> None:

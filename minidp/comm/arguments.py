@@ -26,3 +26,12 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
     """Refuse arrays that can't lie in shared memory."""
     if dtype.hasobject:
         raise TypeError(f"arrays of dtype {dtype} hold Python objects, which can't lie in shared memory")
+
+
+def check_parts(part: Any, whole: Any, count: int, call: str) -> None:
+    """ValueError unless ``count`` arrays like ``part`` make up one like ``whole``."""
+    if part.dtype != whole.dtype or part.size * count != whole.size:
+        raise ValueError(
+            f"{call}: the whole must be {count} times the part, of the same dtype: "
+            f"{whole.dtype} {whole.shape} and {part.dtype} {part.shape}"
+        )

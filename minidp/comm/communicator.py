@@ -15,8 +15,9 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 import numpy.typing as npt
 
+from minidp.backend import HOST, Device
 from minidp.comm import execute, schedules
-from minidp.comm.arguments import user_tag
+from minidp.comm.arguments import check_parts, user_tag
 from minidp.comm.endpoint import Endpoint
 from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
 from minidp.comm.traffic import Traffic
@@ -42,6 +43,8 @@ class Communicator(ABC):
     traffic: Traffic
     shares_memory: bool = False
     """Whether ``allocate`` gives memory that the ranks really share."""
+    device: Device = HOST
+    """Where the ranks' models lie, and arrays of collectives may lie besides the host."""
     endpoint: Endpoint | None = None
     """How to reach the servers, where a run has any; groups that are split off have it too."""
 
@@ -264,14 +267,10 @@ class Communicator(ABC):
         return [pickle.loads(row[:size].tobytes()) for row, size in zip(everybody, sizes)]
 
     @overload
-    def all_gather_int(
-        self, value: int, what: str = "all_gather_int", *, async_op: Literal[False] = False
-    ) -> list[int]: ...
+    def all_gather_int(self, value: int, what: str = ..., *, async_op: Literal[False] = False) -> list[int]: ...
     @overload
-    def all_gather_int(self, value: int, what: str = "all_gather_int", *, async_op: Literal[True]) -> Work: ...
-    def all_gather_int(
-        self, value: int, what: str = "all_gather_int", *, async_op: bool = False
-    ) -> list[int] | Work:
+    def all_gather_int(self, value: int, what: str = ..., *, async_op: Literal[True]) -> Work: ...
+    def all_gather_int(self, value: int, what: str = "all_gather_int", *, async_op: bool = False) -> Any:
         """Every rank's ``value``, an int64, in rank order; ``what`` names the operation in messages.
 
         The cheapest meeting of all ranks that says something: a barrier whose header carries the number.
@@ -312,8 +311,4 @@ class Communicator(ABC):
             raise ValueError(f"{what}={rank}: this communicator has ranks 0 to {self.world_size - 1}")
 
     def _check_parts(self, part: Array, whole: Array, call: str) -> None:
-        if part.dtype != whole.dtype or part.size * self.world_size != whole.size:
-            raise ValueError(
-                f"{call}: the whole must be {self.world_size} times the part, of the same dtype: "
-                f"{whole.dtype} {whole.shape} and {part.dtype} {part.shape}"
-            )
+        check_parts(part, whole, self.world_size, call)

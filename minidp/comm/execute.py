@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from minidp.backend import array_module
 from minidp.comm import schedules
 from minidp.comm.reduction import ReduceOp, finish, fold
 from minidp.comm.transfers import Message, Schedule, chunk_bounds
@@ -29,7 +30,7 @@ def contiguous(x: Array, writes: bool = True) -> Iterator[Array]:
     if x.flags.c_contiguous:
         yield x.reshape(-1)
     else:
-        flat = x.flatten()
+        flat = array_module(x).ascontiguousarray(x).reshape(-1)
         yield flat
         if writes:
             x[...] = flat.reshape(x.shape)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from minidp.backend import array_module, sums
+
 Array = npt.NDArray[Any]
 
 
@@ -48,11 +50,16 @@ def fold(parts: Sequence[Array], op: ReduceOp, out: Array, divide: bool = False)
     With ``divide`` and AVG the sum is divided by the number of parts (half precision before it is rounded back).
     ``out`` may be parts[0] or parts[1], no later one.
     """
-    ufunc, average = op.ufunc, divide and op is AVG
-    if is_half(out.dtype) and ufunc is np.add:
+    average, ufunc, xp = divide and op is AVG, op.ufunc, np
+    if type(out) is not np.ndarray:
+        xp = array_module(out)
+        if ufunc is np.add and sums.in_order(parts, out, len(parts) if average else 1):
+            return
+        ufunc = getattr(xp, ufunc.__name__)
+    if is_half(out.dtype) and op.ufunc is np.add:
         total = parts[0].astype(np.float32)
         for part in parts[1:]:
-            np.add(total, part, out=total)
+            ufunc(total, part, out=total)
         out[...] = total / len(parts) if average else total
         return
     if len(parts) == 1:
@@ -62,7 +69,7 @@ def fold(parts: Sequence[Array], op: ReduceOp, out: Array, divide: bool = False)
         for part in parts[2:]:
             ufunc(out, part, out=out)
     if average:
-        np.divide(out, len(parts), out=out)
+        xp.divide(out, len(parts), out=out)
 
 
 def finish(x: Array, op: ReduceOp, world_size: int) -> None:

@@ -41,8 +41,11 @@ class Later(Work):
 
     def run(self) -> None:
         self.done = True
+        behind, self._comm._later = self._comm._later, []  # for what it calls runs all that it finds there, first
         try:
             self._value = self._run()
         except Exception as error:
             self._error = error
             raise
+        finally:
+            self._comm._later[:0] = behind

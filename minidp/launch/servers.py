@@ -7,11 +7,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from minidp.backend import Device
 from minidp.comm.endpoint import Endpoint
+from minidp.comm.transport import on_device
 
 
-def live(endpoint: Endpoint, function: bytes, record: Path | None) -> Any:
+def live(endpoint: Endpoint, function: bytes, record: Path | None, device: Device) -> Any:
     """A worker runs the pickled (fn, args) and takes its leave of the servers; a server serves. Collective.
+
+    Workers' arrays lie on ``device``, which they have started; a server's slices on the host.
 
     Returns what the function has returned; None on a server. With ``record`` servers write their events there.
     """
@@ -29,6 +33,7 @@ def live(endpoint: Endpoint, function: bytes, record: Path | None) -> Any:
             with closing(Recorder(record, index)) as recorder:
                 serve(endpoint, observers=[recorder])
         return None
+    comm = on_device(comm, device)
     fn, args = pickle.loads(function)
     try:
         value = fn(comm, *args)

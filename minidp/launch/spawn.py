@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import cloudpickle
 import numpy as np
 
+from minidp.backend import Device, get_device
 from minidp.comm.board import Board
 from minidp.comm.world import reserve_world
 from minidp.launch import blas, interrupts, supervise, worker
@@ -30,7 +31,6 @@ from minidp.sim import Cluster
 
 T = TypeVar("T")
 WORLDS = ("process", "virtual")
-DEVICES = ("cpu",)
 _log = logging.getLogger("minidp.launch")
 _starting = threading.Lock()  # two threads may spawn at once, but starting hides __main__ and sets variables
 
@@ -41,7 +41,7 @@ def spawn(
     *args: Any,
     servers: int = 0,
     world: str = "process",
-    device: str = "cpu",
+    device: str | Device = "cpu",
     cluster: Cluster | None = None,
     blas_threads: int | None = None,
     timeout_s: float = 60.0,
@@ -61,7 +61,8 @@ def spawn(
             `parallel.ParameterServer`; they end with the last rank.
         world: ``"process"``, one worker process a rank; ``"virtual"``, all ranks here, one at a time, on a virtual
             clock: two runs are equal to the bit. Module globals are then shared by all ranks.
-        device: ``"cpu"``.
+        device: where strategies keep models, and collectives take arrays from besides the host: ``"cpu"``,
+            ``"cuda"`` (GPUs through CuPy, which ranks take in turn) or ``"cuda:1"`` (that one for all ranks).
         cluster: what a virtual world's ranks live on; default ``sim.Cluster(nodes=world_size)``.
         blas_threads: BLAS threads a rank; default cores ÷ ranks. Logged at INFO, too few cores at WARNING. The
             virtual world has always one.
@@ -79,34 +80,44 @@ def spawn(
             ``rank 2 of 4 was killed by SIGKILL``. For an error of communication it can be caught as that error
             too, ``except CollectiveMismatch``. All other ranks have ended.
         ValueError, TypeError: arguments that can't work. MemoryError: no room for the run, in bytes.
+        DeviceUnavailable: there is no such device; the message says what works instead. (Where there is a driver,
+            but the device does not work, it is the ``__cause__`` of RankFailed.)
         KeyboardInterrupt: after the workers are gone. After any ending no process, descriptor or segment is left.
     """
-    _check(fn, world_size, servers, world, device, timeout_s)
+    _check(fn, world_size, servers, world, timeout_s)
     _check_virtual(world, cluster, blas_threads)
+    device = get_device(device)
+    device.check()
     world_size, servers = int(world_size), int(servers)
     function = _pack(fn, args)
-    log = None if record is None else _begin_log(Path(record), function, world_size, servers, world, blas_threads)
+    log = (
+        None
+        if record is None
+        else _begin_log(Path(record), function, world_size, servers, world, device, blas_threads)
+    )
     if world == "virtual":
         from minidp.launch.virtual import run  # late: the process world needs nothing of it
 
-        life_of = partial(live, function=function, record=log) if servers else None
-        return run(function, world_size, cluster, float(timeout_s), servers, life_of)
+        life_of = partial(live, function=function, record=log, device=device) if servers else None
+        return run(function, world_size, cluster, float(timeout_s), servers, life_of, device)
     asked: list[bool] = []
     with telling(lambda: asked.append(True)):
         threads = blas_threads if log is None else 1
-        return _in_processes(function, world_size, servers, threads, timeout_s, progress, asked, log)
+        return _in_processes(function, world_size, servers, device, threads, timeout_s, progress, asked, log)
 
 
 def _in_processes(
     function: bytes,
     world_size: int,
     servers: int,
+    device: Device,
     blas_threads: int | None,
     timeout_s: float,
     progress: bool | None,
     asked: list[bool],
     log: Path | None,
 ) -> list[Any]:
+    there = cloudpickle.dumps(device)
     threads = blas.threads_per_rank(world_size, blas_threads)
     surroundings = worker.Surroundings.here(threads)
     title = (
@@ -127,7 +138,7 @@ def _in_processes(
             context = _context()
             for rank in range(total):
                 job = worker.Job(
-                    rank, world_size, servers, timeout_s, arena, function, surroundings, os.getpid(), log
+                    rank, world_size, servers, there, timeout_s, arena, function, surroundings, os.getpid(), log
                 )
                 workers.append(_start(context, job, display))
         return supervise.run(workers, board, display, asked)
@@ -142,7 +153,7 @@ def _in_processes(
             arena.close()
 
 
-def _check(fn: Any, world_size: Any, servers: Any, world: str, device: str, timeout_s: Any) -> None:
+def _check(fn: Any, world_size: Any, servers: Any, world: str, timeout_s: Any) -> None:
     if worker.inside_worker or _inside_virtual_rank():
         raise RuntimeError(
             "spawn was called inside a worker of another spawn: call it in the parent; comm.split makes groups"
@@ -158,14 +169,18 @@ def _check(fn: Any, world_size: Any, servers: Any, world: str, device: str, time
         raise ValueError(f"servers={servers}: give 0 (none) or more")
     if world not in WORLDS:
         raise ValueError(f"unknown world {world!r}; valid: {', '.join(map(repr, WORLDS))}")
-    if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}; valid: {', '.join(map(repr, DEVICES))}")
     if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s > 0:
         raise ValueError(f"timeout_s={timeout_s!r}: give a positive number of seconds")
 
 
 def _begin_log(
-    path: Path, function: bytes, world_size: int, servers: int, world: str, blas_threads: int | None
+    path: Path,
+    function: bytes,
+    world_size: int,
+    servers: int,
+    world: str,
+    device: Device,
+    blas_threads: int | None,
 ) -> Path:
     if not servers:
         raise ValueError("record= writes down what servers do, and this run has none: give servers=1 or more")
@@ -175,7 +190,9 @@ def _begin_log(
         )
     from minidp.parallel.event_log import create  # late: it is not needed otherwise
 
-    create(path.absolute(), function, sys.path, workers=world_size, servers=servers, world=world)
+    create(
+        path.absolute(), function, sys.path, workers=world_size, servers=servers, world=world, device=device.name
+    )
     return path.absolute()
 
 

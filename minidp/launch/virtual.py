@@ -15,11 +15,13 @@ from typing import Any
 
 import threadpoolctl
 
+from minidp.backend import HOST, Device
 from minidp.comm.endpoint import Endpoint
 from minidp.comm.errors import in_words
 from minidp.comm.movement import Group
 from minidp.comm.post import PostOffice
 from minidp.comm.traffic import Traffic
+from minidp.comm.transport import on_device
 from minidp.comm.venue import Venue
 from minidp.comm.virtual import VirtualCommunicator
 from minidp.launch.supervise import failure_of
@@ -38,6 +40,7 @@ def run(
     timeout_s: float,
     servers: int = 0,
     life_of: Callable[[Endpoint], Any] | None = None,
+    device: Device = HOST,
 ) -> list[Any]:
     """Run the pickled (fn, args) on every rank, each with a copy of its own; what each returned, in rank order.
 
@@ -51,9 +54,11 @@ def run(
     ranks = list(range(world_size))
     group = Group(venue, ranks, "world")
     post = PostOffice(venue, ranks)
+    device.start()
     ends = [VirtualCommunicator(group, post, rank, Traffic()) for rank in ranks]
     lives = [
-        _life(function, comm) if life_of is None else partial(life_of, Endpoint(comm, workers)) for comm in ends
+        _life(function, comm, device) if life_of is None else partial(life_of, Endpoint(comm, workers))
+        for comm in ends
     ]
     # One thread whatever was set: how BLAS cuts a sum over threads changes its bits.
     with (
@@ -110,8 +115,9 @@ def _tagged_records() -> Iterator[None]:
         logging.setLogRecordFactory(make)
 
 
-def _life(function: bytes, comm: VirtualCommunicator) -> Callable[[], Any]:
+def _life(function: bytes, host: VirtualCommunicator, device: Device) -> Callable[[], Any]:
     def life() -> Any:
+        comm = on_device(host, device)
         fn, args = pickle.loads(function)
         try:
             return fn(comm, *args)

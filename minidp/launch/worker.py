@@ -12,17 +12,20 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import TextIOBase
+from io import BytesIO, TextIOBase
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 
+from minidp.backend import Device, DeviceUnavailable, to_numpy
 from minidp.comm.arena import Arena
 from minidp.comm.board import Board, name_ranks
 from minidp.comm.endpoint import Endpoint
 from minidp.comm.errors import in_words
+from minidp.comm.transport import on_device
 from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs, memory, servers
 from minidp.launch.whereabouts import Sampler
@@ -68,6 +71,7 @@ class Job:
     rank: int
     world_size: int
     servers: int  # ranks from world_size on
+    device: bytes  # by cloudpickle: what it needs may lie on the parent's sys.path
     timeout_s: float
     arena: Arena
     function: bytes  # (fn, args), by cloudpickle: a notebook's or a script's own functions travel too
@@ -143,16 +147,20 @@ def _run(job: Job) -> tuple[str, Any]:
     patience = math.inf if is_server else job.timeout_s
     everybody = join_world(job.arena, job.rank, total, patience, job.world_size)
     Sampler(Board(job.arena, total, job.world_size), job.rank).start()
+    device: Device = pickle.loads(job.device)
+    if not is_server:
+        _start(device, job)
     if job.servers:
-        value = servers.live(Endpoint(everybody, job.world_size), job.function, job.record)
+        value = servers.live(Endpoint(everybody, job.world_size), job.function, job.record, device)
     else:
+        comm = on_device(everybody, device)
         function, args = pickle.loads(job.function)
         try:
-            value = function(everybody, *args)
+            value = function(comm, *args)
         finally:
-            everybody.close()
+            comm.close()
     try:
-        data = cloudpickle.dumps(value)
+        data = _packed(value, device)
     except Exception as error:
         raise TypeError(
             f"what rank {job.rank} returned can't be pickled ({error}): return arrays, numbers, strings and "
@@ -160,6 +168,48 @@ def _run(job: Job) -> tuple[str, Any]:
         ) from error
     everybody.leave()
     return "returned", data
+
+
+def _start(device: Device, job: Job) -> None:
+    """Take hold of the device. In a thread, since a broken driver may never answer, and nobody waits for ever."""
+    problem: list[Exception] = []
+
+    def start() -> None:
+        try:
+            device.start(job.rank)
+        except Exception as error:
+            problem.append(error)
+
+    if not device.on_host:
+        thread = threading.Thread(target=start, daemon=True)
+        thread.start()
+        thread.join(job.timeout_s)
+        if thread.is_alive():
+            raise DeviceUnavailable(f"device={device.name!r} has not started within {job.timeout_s:g} s")
+        if problem:
+            raise problem[0]
+    device.start(job.rank)  # of this thread, too
+
+
+def _packed(value: Any, device: Device) -> bytes:
+    """The pickled result. Arrays of a device leave as arrays of the host: the parent has not touched the device,
+    and shall not have to."""
+    if device.on_host:
+        return cloudpickle.dumps(value)  # type: ignore[no-any-return]
+    file = BytesIO()
+    _ToHost(file, device).dump(value)
+    return file.getvalue()
+
+
+class _ToHost(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: BytesIO, device: Device) -> None:
+        super().__init__(file)
+        self._device = device
+
+    def reducer_override(self, obj: Any) -> Any:
+        if self._device.is_here(obj):
+            return np.asarray, (to_numpy(obj),)
+        return super().reducer_override(obj)
 
 
 def _pack(error: BaseException) -> bytes:
