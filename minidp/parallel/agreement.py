@@ -6,6 +6,7 @@ from hashlib import blake2b
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
+from minidp.backend import Device
 from minidp.comm import CollectiveMismatch, Communicator
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
@@ -32,6 +33,16 @@ def check_alone(model: Module, label: str) -> None:
             raise ValueError(
                 f"{label} with a SyncBatchNorm ({name}): its forward waits for all ranks, and here each makes "
                 "steps of its own. Use nn.BatchNorm1d or 2d"
+            )
+
+
+def check_numbers(model: Module, device: Device) -> None:
+    """What lies on a device are numbers of its own kinds."""
+    for name, parameter in model.named_parameters():
+        if parameter.data.dtype.hasobject:
+            raise TypeError(
+                f"{name} holds Python objects (Fractions), which can't lie on {device.name}: convert them by "
+                'model.astype("float64"), or run on the processor, device="cpu"'
             )
 
 

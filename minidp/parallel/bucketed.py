@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from minidp import trace
 from minidp.autograd import Tensor
 from minidp.comm import Communicator
@@ -27,7 +25,7 @@ from minidp.nn import Layout, Parameter
 from minidp.parallel.buckets import Bucket
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import NonFiniteGradient
-from minidp.parallel.slabs import Flat, Slabs
+from minidp.parallel.slabs import Flat, Slabs, private
 
 VOID = -(2**62)  # in place of n_i: this rank has discarded what had left; no sum of sizes makes up for it
 KINDS = (0.0, math.nan, math.inf, -math.inf)  # by index: a number that is said in an integer
@@ -60,7 +58,7 @@ class BucketedDataParallel(DataParallel):
         # Whose sums are the upper levels of the tree of micro-shards: ranks 0 and 1, 2 and 3, then pairs of pairs.
         self._order = None if self.micro_shards is None else "recursive_doubling"
         own = slabs.grads[0]
-        travels = np.zeros(own.size, sum_dtype(own.dtype))  # wide enough for the sum
+        travels = private(own.size, sum_dtype(own.dtype), comm.device)  # wide enough for the sum
         self._views = [(own[b.lo : b.hi], travels[b.lo : b.hi]) for b in self.buckets]
         self._home = _homes(self.layout, self.buckets)  # of each parameter, the index of its bucket
         self._missing: list[set[Parameter]] = []  # of each bucket, whose gradients this backward still owes

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minidp.backend import Array, to_numpy
 from minidp.comm.errors import in_words
 from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
@@ -147,11 +148,11 @@ def _position(position: Any) -> tuple[int, int]:
     return epoch, step
 
 
-def _plain_bytes(name: str, array: np.ndarray) -> np.ndarray:
-    """Of the machine's byte order, as files have it."""
+def _plain_bytes(name: str, array: Array) -> np.ndarray:
+    """On the host and of the machine's byte order, as files have it."""
     if array.dtype.hasobject:
         raise TypeError(f"{name} holds Python objects: files hold numbers")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return to_numpy(array).astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _of_model(arrays: Arrays, strategy: Stateful) -> Arrays:
@@ -205,7 +206,7 @@ def _gathered(strategy: Stateful) -> Arrays:
     arrays = {}
     for slot, values in strategy.optimizer_state().items():
         for name, array in values.items():
-            everybody = strategy.comm.gather(array, 0)
+            everybody = strategy.comm.gather(to_numpy(array), 0)
             for rank, own in enumerate(() if everybody is None else everybody):
                 arrays[f"{_own(slot, rank)}.{name}"] = own
     return arrays

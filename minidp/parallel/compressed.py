@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minidp import trace
+from minidp.backend import item, to_numpy
 from minidp.comm import CollectiveMismatch, Communicator
 from minidp.comm.reduction import is_half, sum_dtype
 from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
@@ -23,7 +24,7 @@ from minidp.compress.compressor import State
 from minidp.parallel.blocks import first_not_finite, share_of_mean
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.reducer import CommReducer
-from minidp.parallel.slabs import Flat, Slabs
+from minidp.parallel.slabs import Flat, Slabs, private
 from minidp.parallel.state import StateDict
 
 
@@ -40,6 +41,10 @@ class CompressedDataParallel(DataParallel):
     parameter, after backward (nothing is hidden behind it, and ``bucket_cap_mb`` changes nothing). Each rank
     updates all of w. Memory a rank: (3 + slots)Ψ, Ψ for residuals with error feedback, and in a step some arrays
     of the largest parameter's size.
+
+    A device's gradients are compressed on the device, but the host waits for it: compressors look at their numbers
+    before they pack them, and NaN is found before it gets into a residual, not a step later. Payloads that are
+    summed, or have one size on all ranks, travel as arrays of the device do; others through the host's memory.
     """
 
     compressor: Compressor
@@ -56,7 +61,7 @@ class CompressedDataParallel(DataParallel):
         assert self._compress is not None
         self._use(resolved(self._compress, self.seed, comm.rank))
         own = slabs.grads[0]
-        mean = np.zeros(own.size, sum_dtype(own.dtype))
+        mean = private(own.size, sum_dtype(own.dtype), comm.device)
         places = [(s.name, slice(s.offset, s.offset + s.size), s.shape) for s in self.layout.segments]
         self._views = [(name, mean[place].reshape(shape)) for name, place, shape in places]
         return slabs, [(0, self.layout.size)], [mean]
@@ -81,7 +86,7 @@ class CompressedDataParallel(DataParallel):
         if is_half(own.dtype) and self.check_finite:
             beyond = first_not_finite(mean.astype(own.dtype))
             if beyond >= 0:
-                raise self._not_finite(beyond, -1, float(mean[beyond]))
+                raise self._not_finite(beyond, -1, float(item(mean[beyond])))
         with trace.span("update", "compute"):
             trouble = self._average_and_update(1)
         if trouble is not None:
@@ -130,7 +135,7 @@ class CompressedDataParallel(DataParallel):
             if mask is not None:
                 state |= dict.fromkeys(segment.names, np.where(mask, state[segment.name], 0))
                 for of_slot in kept.values():
-                    of_slot[segment.name] = np.where(mask, of_slot[segment.name], 0)
+                    of_slot[segment.name] = np.where(mask, to_numpy(of_slot[segment.name]), 0)
         self._put(state, kept)
         self.discard()
 

@@ -14,25 +14,23 @@ the update to that slice of the one shared copy of w, and two barriers make it a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any, Self
 from zlib import crc32
 
-import numpy as np
-
 from minidp import trace
 from minidp.autograd import Tensor
+from minidp.backend import array_module, to_numpy
 from minidp.comm import Communicator
 from minidp.compress import Compressor, resolved
 from minidp.nn import Module
 from minidp.optim import Optimizer
-from minidp.parallel import norms
 from minidp.parallel.blocks import Block, Trouble, cut_blocks, divided, exact_scale, find_trouble, sum_in_order
 from minidp.parallel.buckets import make_buckets, pieces, slices
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_model, leaves_of
+from minidp.parallel.norms import norm_on
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
@@ -43,7 +41,8 @@ class DataParallel(Strategy):
     Args:
         model, optimizer: built alike on every rank; the optimizer from ``model.parameters()``.
         comm: the ranks that train together. Where they share no memory (``not comm.shares_memory``) this class
-            yields a ``BucketedDataParallel``: the same in messages.
+            yields a ``BucketedDataParallel``: the same in messages; and where models lie on a device, what is
+            like either and does not wait for it (``late.py``).
         compress: what gradients travel as: the name of a compressor, such as ``"topk:0.01+ef"``, or one of
             ``minidp.compress``. This class then yields a ``CompressedDataParallel``. Not with ``micro_shards``.
         accumulation_steps: backwards that may be added up before a step.
@@ -54,10 +53,11 @@ class DataParallel(Strategy):
             during the last backward. Their order is fixed, and the result does not depend on this number.
         clip_norm: scale the averaged gradient down to this 2-norm if it is longer.
         check_finite: raise NonFiniteGradient, on all ranks, rather than commit a step whose averaged gradient
-            holds NaN or infinity. (An update can still overflow where the learning rate is absurd.)
+            holds NaN or infinity. (An update can still overflow where the learning rate is absurd.) Of models on a
+            device it is raised by the next ``step``, ``state_dict`` or ``save``, which take the bad step back.
         checksum: raise CorruptGradient, on all ranks, if a rank's gradients have changed in shared memory after
-            its backward. Costs two barriers more and reading all gradients on every rank. Where they travel in
-            messages there is nothing to check: what leaves is a copy.
+            its backward. Costs two barriers more and reading all gradients on every rank, from a device by moving
+            them to the host. Where they travel in messages there is nothing to check: what leaves is a copy.
 
     Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
     of w that they read), two barriers (one more with ``clip_norm``, and one with batch norm, whose statistics are
@@ -68,18 +68,10 @@ class DataParallel(Strategy):
     label = "DataParallel"
 
     def __new__(cls, model: Module, optimizer: Optimizer, comm: Communicator, **options: Any) -> Self:
-        from minidp.parallel.bucketed import BucketedDataParallel  # late: they are subclasses
-        from minidp.parallel.compressed import CompressedDataParallel
+        from minidp.parallel.variants import variant_of  # late: they are subclasses
 
-        if options.get("compress") is not None and not issubclass(cls, CompressedDataParallel):
-            if cls is not DataParallel:
-                raise TypeError(f"{cls.__name__} does not compress: derive it from CompressedDataParallel")
-            return super().__new__(CompressedDataParallel)  # type: ignore[return-value]
-        if comm.shares_memory or issubclass(cls, BucketedDataParallel | CompressedDataParallel):
-            return super().__new__(cls)
-        if cls is not DataParallel:
-            raise TypeError(f"{cls.__name__} needs shared memory: derive it from BucketedDataParallel")
-        return super().__new__(BucketedDataParallel)  # type: ignore[return-value]
+        variant = variant_of(cls, comm, options.get("compress") is not None)
+        return super().__new__(variant)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -106,9 +98,9 @@ class DataParallel(Strategy):
         self._described = None if compress is None else resolved(compress).describe()  # names are checked here
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
-        self._pieces = pieces(self.layout, 0, self.layout.size)
         self._slabs, self._slices, self._parts = self._start(comm)
-        # One gradient slab: what this rank adds up is the whole, and w has one buffer.
+        self._norm = norm_on(comm.device.xp, pieces(self.layout, 0, self.layout.size), self._slices)
+        # One gradient slab: what this rank adds up is the whole.
         self._alone = len(self._slabs.grads) == 1
         self._own = self._slabs.grads[0 if self._alone else self.comm.rank]
         upper = 0 if micro_shards is None else len(self._parts).bit_length() - 2
@@ -120,13 +112,13 @@ class DataParallel(Strategy):
         self._troubles: list[Trouble] = []  # of this rank's blocks, in this step
         self._tree: Leaves | None = None
         if leaves > 1:
-            self._tree = Leaves(self.layout, self._own, leaves, accumulation_steps)
+            self._tree = Leaves(self.layout, self._own, leaves, accumulation_steps, comm.device)
         if micro_shards is not None:
             self._blas = OneBlasThread()
 
     def _start(self, comm: Communicator) -> tuple[Slabs, list[tuple[int, int]], list[Flat]]:
         """Slabs with rank 0's w in them; which slices this rank sums and updates; the gradients to be summed."""
-        slabs = Slabs(self.layout, self.optimizer.slots, self.comm)
+        slabs = Slabs(self.layout, self.optimizer.slots, self.comm, self.comm.device, self.late)
         self._broadcast_rest()
         if self.comm.rank == 0:
             self.layout.pack(slabs.params[1])
@@ -183,7 +175,7 @@ class DataParallel(Strategy):
         """The checksum of this rank's gradients, taken when they are complete."""
         if self._crc is None:
             self.layout.zero_unwritten(self._own)
-            self._crc = crc32(self._own.data)
+            self._crc = crc32(to_numpy(self._own).data)
         return self._crc
 
     def _check_backward(self) -> None:
@@ -229,7 +221,8 @@ class DataParallel(Strategy):
     def _verify(self, mine: int) -> None:
         """See that every rank's gradients still have the checksum that it computed. Collective."""
         sums = self.comm.all_gather_int(mine, "step/checksums")
-        wrong = [rank for rank, slab in enumerate(self._slabs.grads) if crc32(slab.data) != sums[rank]]
+        slabs = map(to_numpy, self._slabs.grads)
+        wrong = [rank for rank, slab in enumerate(slabs) if crc32(slab.data) != sums[rank]]
         found = self.comm.all_gather_int(wrong[0] if wrong else -1, "step/verified")
         if max(found) >= 0:
             raise CorruptGradient(min(rank for rank in found if rank >= 0), self.updates)
@@ -240,8 +233,8 @@ class DataParallel(Strategy):
         self._scale = exact_scale(total, self.layout.dtype)
         self._hyper = [self.optimizer.hyper(group, self.updates) for group in range(len(self.optimizer.groups))]
         gradients: Iterable[Flat] = map(self._reduce, self._blocks, repeat(total))
-        if self._alone:
-            gradients = list(gradients)  # w has one buffer: all is looked at before any of it is written
+        if self._slabs.params[0] is self._slabs.params[1]:
+            gradients = list(gradients)  # one buffer: all is looked at before any of it is written
             if self._troubles:
                 return min(self._troubles)
         if self.clip_norm is not None:
@@ -260,12 +253,15 @@ class DataParallel(Strategy):
             summed = add_in_tree(parts, (out, *block.upper))
         else:
             summed = sum_in_order(parts, out)
-        # The dot product with itself is the cheapest look at all elements; it may overflow where none is inf.
-        if self.check_finite and not math.isfinite(np.dot(summed, summed)):
-            self._troubles += find_trouble(block, summed)
+        if self.check_finite:
+            self._look(block, summed)
         if self._scale != 1:
             return summed
         return divided(summed, total, out, block.params[0].dtype)
+
+    def _look(self, block: Block, summed: Flat) -> None:
+        """Note what is not finite in the sum of a block. Waits for a device."""
+        self._troubles += find_trouble(block, summed)
 
     def _update(self, block: Block, gradient: Flat) -> None:
         """w' ← rule(w, ∇L) on this block, from the current buffers into the others."""
@@ -290,18 +286,17 @@ class DataParallel(Strategy):
 
         My slice of the mean replaces my slice of my own gradients: nobody else reads that place.
         """
-        mine = self._own
+        mine, multiply = self._own, array_module(self._own).multiply
         for block, gradient in zip(self._blocks, gradients):
-            np.multiply(gradient, self._scale, out=mine[block.lo : block.hi])
-        squares = np.zeros(len(self._pieces))
-        for lo, hi in self._slices:
-            norms.add_squares(squares, self._pieces, mine, lo, hi)
+            multiply(gradient, self._scale, out=mine[block.lo : block.hi])
+        squares = self._norm.squares(mine)
         if not self._alone:
             self.comm.all_reduce(squares)  # each piece has one rank that is not zero there: exact
         self._scale = 1.0
+        scale = self._norm.clip_scale(squares, clip_norm, self.layout.dtype)
         clipped = [mine[block.lo : block.hi] for block in self._blocks]
         for gradient in clipped:
-            np.multiply(gradient, norms.clip_scale(squares, clip_norm), out=gradient)
+            multiply(gradient, scale, out=gradient)
         return clipped
 
     def _count_traffic(self) -> None:

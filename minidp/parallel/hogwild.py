@@ -19,6 +19,7 @@ import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
+from minidp.backend import array_module, item
 from minidp.comm import Communicator
 from minidp.nn import Module
 from minidp.optim import Optimizer
@@ -63,8 +64,11 @@ class Hogwild(Strategy):
     0; 3.8 ms where a quarter of them is, so that indices cost more than they save; ``DataParallel`` takes 0.6 ms.
     Traffic: what this rank writes, once for each peer, and what the peers write. Memory, Ψ elements of s bytes: Ψs
     of all ranks together (and 8Ψ with ``count_lost``), (2 + slots) Ψs a rank.
+    On a device all of it lies there. The host waits for it, to see whether the gradient is finite and how many
+    elements support it; what it counts as written may still be under way.
 
-    Raises ValueError if ``comm`` shares no memory, TypeError for Python objects (Fractions): they can't lie there.
+    Raises ValueError if the ranks, or their devices, share no memory, TypeError for Python objects (Fractions):
+    they can't lie there.
 
     Source: Niu, Recht, Ré & Wright, "Hogwild!: A Lock-Free Approach to Parallelizing Stochastic Gradient Descent",
     NIPS 2011: algorithm 1 in section 3; section 2 for problems whose gradients are sparse.
@@ -92,7 +96,8 @@ class Hogwild(Strategy):
         self.nominal_batch, self.count_lost = nominal_batch, count_lost
         super().__init__(model, optimizer, comm, accumulation_steps, check_finite=check_finite)
         self._shared = SharedWeights(self.layout, self.comm, count_lost)
-        self._own = Slabs(self.layout, optimizer.slots, None)  # gradient and state; its params: w as it was read
+        # Gradient and state; its params: w as it was read.
+        self._own = Slabs(self.layout, optimizer.slots, None, comm.device)
         self._blocks = cut_blocks(self.layout, optimizer, self._own, [(0, self.layout.size)], self._own.grads, 0)
         ends = [(s.offset, s.offset + s.size) for s in self.layout.segments]
         # Elements of each block, without the padding between parameters.
@@ -149,11 +154,12 @@ class Hogwild(Strategy):
         """w ← rule(w, n_i ∇L_i / n̄) where this block's gradient is not 0; how many elements that are."""
         shared, (gradient,), all_state = self._shared.w[block.lo : block.hi], block.parts, block.state[0]
         found = gradient != 0
-        count = int(np.count_nonzero(found))
+        xp = array_module(gradient)
+        count = int(np.count_nonzero(found) if xp is np else item(xp.count_nonzero(found)))
         if count == 0:
             return 0
         whole = count == size
-        at: Any = ... if whole else np.flatnonzero(found)
+        at: Any = ... if whole else xp.flatnonzero(found)
         state = {slot: array[at] for slot, array in all_state.items()}  # views if whole, else copies
         # Read: w and its counter at one moment, as near as can be.
         if whole:

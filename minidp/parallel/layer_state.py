@@ -11,11 +11,12 @@ from functools import partial
 import numpy as np
 
 from minidp.backend import Array
+from minidp.backend.device import Later
 from minidp.comm import Communicator
 from minidp.nn import Dropout, DropoutScope, Module
 from minidp.nn.batch_norm import BatchNorm
 from minidp.parallel.errors import NonFiniteGradient
-from minidp.parallel.moments import Rows, as_row, combine
+from minidp.parallel.moments import Rows, as_row, combine, filled_row, joined
 
 
 class LayerState:
@@ -39,6 +40,8 @@ class LayerState:
         ends = np.cumsum([1 + 2 * norm.num_features for norm in self._norms], dtype=int).tolist()
         # A row a leaf, in it (count, μ, σ²) of each layer: what its batches of this step have been together.
         self._rows: Rows = np.zeros((leaves, ends[-1] if ends else 0))
+        # (leaf, layer, count, (μ, σ²)) of batches, on their way to the host: forward does not wait for a device.
+        self._coming: list[tuple[int, int, int, Later]] = []
         self._places = [slice(start, end) for start, end in zip([0, *ends], ends)]
         self._gathered: Rows | None = None
         self._leaf = 0
@@ -57,6 +60,7 @@ class LayerState:
         self._masks.begin(update)
         if self._norms:
             self._rows[...] = 0
+            self._coming.clear()
             self._gathered = None
         self.at_leaf(0)
 
@@ -74,9 +78,12 @@ class LayerState:
 
         Before the update is committed, so that afterwards nobody has to be waited for: a step is whole, or has not
         been. With `check_finite`, NonFiniteGradient on all ranks if a rank has seen NaN or infinity.
+
+        They are exchanged on the host, which waits for a device's forwards, not for what came after them.
         """
         if not self._norms:
             return
+        self._take_in()
         rows = self._rows.copy()
         if self._together:
             rows = np.zeros((self._comm.world_size * len(self._rows), self._rows.shape[1]))
@@ -100,5 +107,12 @@ class LayerState:
             norm.follow(None)
 
     def _record(self, layer: int, count: int, mean: Array, var: Array) -> None:
-        row = self._rows[self._leaf, self._places[layer]]
-        row[...] = as_row(*combine(np.stack([row, as_row(count, mean, var)])))
+        self._coming.append((self._leaf, layer, count, self._comm.device.later(joined(mean, var))))
+
+    def _take_in(self) -> None:
+        """Combine what has come, in the order of the forwards."""
+        for leaf, layer, count, moments in self._coming:
+            row = self._rows[leaf, self._places[layer]]
+            own = filled_row(count, moments.get())
+            row[...] = as_row(*combine(np.stack([row, own]))) if row[0] else own
+        self._coming.clear()

@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from minidp import trace
+from minidp.backend import HOST, Device, array_module, asarray
 from minidp.comm import Communicator
 from minidp.comm.reduction import sum_dtype
 from minidp.nn import Layout, Module
 from minidp.optim import Adam, Optimizer
-from minidp.parallel import norms
 from minidp.parallel.agreement import check_parameters, describe
 from minidp.parallel.blocks import Block, cut_blocks, divided, exact_scale, sum_in_order
 from minidp.parallel.buckets import pieces
 from minidp.parallel.buffers import least_weights, mean_buffers
+from minidp.parallel.norms import norm_on
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import WHOLE, StateDict, Strategy
 
@@ -59,7 +60,8 @@ class LocalSGD(Strategy):
     Cost, Ψ elements of s bytes: of a local step nothing is sent; of an averaging one all-reduce of Ψs bytes (half
     precision travels in float32: s = 4), of one number and of the buffers. The same for each ``state_dict`` and
     ``save``. ``bytes_sent`` of ``metrics`` is what averagings of parameters have sent; ``averagings`` counts them.
-    Memory a rank: (2 + slots) Ψs, with ``outer`` (4 + slots + outer slots) Ψs; during an averaging Ψs more.
+    Memory a rank: (2 + slots) Ψs, with ``outer`` (4 + slots + outer slots) Ψs; during an averaging Ψs more. On a
+    device the host waits for it in each step, with ``check_finite``, and where buffers are averaged, on the host.
 
     Raises: ValueError if ``sync_every`` is not a whole number ≥ 1 or ``outer`` has other parameters;
     CollectiveMismatch on all ranks if they differ in any of it; TypeError for what takes square roots (Adam,
@@ -91,7 +93,7 @@ class LocalSGD(Strategy):
         self.sync_every, self.outer = int(sync_every), outer
         self._check_arithmetic(model, optimizer, clip_norm)
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
-        self._replica = Replica(self.layout, optimizer)
+        self._replica = Replica(self.layout, optimizer, comm.device)
         self._moving = self.comm.duplicate(f"{self.label} averages")  # its traffic is that of the parameters
         self._exchanged = self._moving.traffic
         self._steps = self._used = 0  # of this rank since the last averaging: steps, samples
@@ -101,7 +103,7 @@ class LocalSGD(Strategy):
         self.comm.broadcast(self._replica.w, 0)
         self._replica.slabs.bind_grads(0)
         self._replica.slabs.flip()
-        self._agreed = None if outer is None else Replica(self.layout, outer)  # θ
+        self._agreed = None if outer is None else Replica(self.layout, outer, comm.device)  # θ
         self._settle()
         self._start_gradients()
 
@@ -176,14 +178,15 @@ class LocalSGD(Strategy):
             return None
         weights, total = least_weights(counts)
         w = self._replica.w
-        mean: Flat = np.multiply(w, weights[comm.rank], dtype=sum_dtype(w.dtype))
+        xp = array_module(w)
+        mean: Flat = xp.multiply(w, weights[comm.rank], dtype=sum_dtype(w.dtype))
         comm.all_reduce(mean)
-        np.divide(mean, total, out=mean)
+        xp.divide(mean, total, out=mean)
         return mean
 
     def _step_outside(self, agreed: Replica, mean: Flat) -> None:
         """Δ = θ − mean;  θ ← outer rule(θ, Δ);  w_i = θ."""
-        np.subtract(agreed.w, mean, out=agreed.gradient, casting="same_kind")
+        array_module(mean).subtract(agreed.w, mean, out=agreed.gradient)
         agreed.update(1, self.outer_updates)
         self._replica.w[...] = agreed.w
         self.outer_updates += 1
@@ -230,7 +233,7 @@ class LocalSGD(Strategy):
         self.outer_updates = updates
         for slot, values in self.outer_state().items():
             for name, array in values.items():
-                array[...] = state[slot][name] if state else 0
+                array[...] = asarray(state[slot][name], array_module(array)) if state else 0
 
     def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:
         self._put_rest(values)
@@ -247,12 +250,12 @@ class Replica:
         w, gradient: shape (layout.size,), of the layout's dtype; ``gradient`` may hold anything after an update.
     """
 
-    def __init__(self, layout: Layout, optimizer: Optimizer) -> None:
+    def __init__(self, layout: Layout, optimizer: Optimizer, device: Device = HOST) -> None:
         self.layout, self.optimizer = layout, optimizer
-        self.slabs = Slabs(layout, optimizer.slots, None)
+        self.slabs = Slabs(layout, optimizer.slots, None, device)
         self.w, self.gradient = self.slabs.params[0], self.slabs.grads[0]  # w has one buffer
         self._blocks = cut_blocks(layout, optimizer, self.slabs, [(0, layout.size)], self.slabs.grads, 0)
-        self._pieces = pieces(layout, 0, layout.size)
+        self._norm = norm_on(device.xp, pieces(layout, 0, layout.size), [(0, layout.size)])
 
     def update(self, total: int, t: int, clip_norm: float | None = None) -> None:
         """w ← rule(w, gradient / total), its update number ``t``."""
@@ -277,13 +280,12 @@ class Replica:
 
     def _clip(self, total: int, clip_norm: float) -> None:
         """gradient ← gradient / total, scaled down to the norm."""
-        scale = exact_scale(total, self.w.dtype)
+        scale, multiply = exact_scale(total, self.w.dtype), array_module(self.w).multiply
         for block in self._blocks:
             (part,) = block.parts
-            np.multiply(self._mean(block, total, scale), scale, out=part)
-        squares = np.zeros(len(self._pieces))
-        norms.add_squares(squares, self._pieces, self.gradient, 0, self.layout.size)
-        np.multiply(self.gradient, norms.clip_scale(squares, clip_norm), out=self.gradient)
+            multiply(self._mean(block, total, scale), scale, out=part)
+        shrink = self._norm.clip_scale(self._norm.squares(self.gradient), clip_norm, self.w.dtype)
+        multiply(self.gradient, shrink, out=self.gradient)
 
     def state(self) -> Mapping[str, StateDict]:
         """The rule's state by slot and parameter, views."""

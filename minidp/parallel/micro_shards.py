@@ -24,6 +24,7 @@ from weakref import finalize
 
 import numpy as np
 
+from minidp.backend import HOST, Device, array_module
 from minidp.comm.reduction import is_half
 from minidp.nn import Layout, Module
 from minidp.parallel.slabs import Flat, private
@@ -110,12 +111,14 @@ class Leaves:
         slab: where the sum is to be.
         count: leaves of this rank.
         rounds: how often each comes in a step, at most (``accumulation_steps``).
+        device: where the slab lies.
     """
 
-    def __init__(self, layout: Layout, slab: Flat, count: int, rounds: int) -> None:
+    def __init__(self, layout: Layout, slab: Flat, count: int, rounds: int, device: Device = HOST) -> None:
         self.layout, self.count, self._stacked = layout, count, rounds == 1
         buffers = count.bit_length() if self._stacked else count
-        self._buffers = [slab, *(private(layout.size, layout.dtype) for _ in range(buffers - 1))]
+        own = [private(layout.size, layout.dtype, device) for _ in range(buffers - 1)]
+        self._buffers = [slab, *own]
         self._views = [layout.views(buffer) for buffer in self._buffers]
         self.begin()
 
@@ -177,9 +180,12 @@ class Leaves:
 
 def add_in_tree(parts: Sequence[Flat], work: Sequence[Flat]) -> Flat:
     """The upper levels: the sum of 2^k arrays, in ``work[0]``; ``work`` has k arrays, at least one."""
+    add = array_module(work[0]).add
     if len(parts) == 2:
-        return np.add(parts[0], parts[1], out=work[0])
+        add(parts[0], parts[1], out=work[0])
+        return work[0]
     half = len(parts) // 2
     left = add_in_tree(parts[:half], work)
     right = add_in_tree(parts[half:], work[1:])
-    return np.add(left, right, out=left)
+    add(left, right, out=left)
+    return left

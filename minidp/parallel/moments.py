@@ -5,14 +5,24 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from minidp.backend import Array, to_numpy
+from minidp.backend import Array, array_module, to_numpy
 
 Rows = npt.NDArray[np.float64]
 
 
 def as_row(count: int, mean: Array, var: Array) -> Rows:
-    """One batch as a row (1 + 2c,) on the host."""
-    return np.concatenate([[count], to_numpy(mean), to_numpy(var)], dtype=np.float64)
+    """One batch as a row (1 + 2c,) on the host. Waits for a device: one move."""
+    return filled_row(count, to_numpy(joined(mean, var)))
+
+
+def joined(mean: Array, var: Array) -> Array:
+    """(μ, σ²), shape (2c,), where they lie."""
+    return array_module(mean).concatenate([mean, var])
+
+
+def filled_row(count: int, moments: np.ndarray) -> Rows:
+    """A row of what `joined` has made, on the host."""
+    return np.concatenate([[count], moments], dtype=np.float64)
 
 
 def combine(rows: Rows) -> tuple[int, Rows, Rows]:

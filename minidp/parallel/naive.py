@@ -8,23 +8,26 @@ queues, divided by the number of samples, and every rank applies the same update
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from minidp.backend import Array, array_module, asarray, item, to_numpy
 from minidp.comm import Communicator
 from minidp.comm.reduction import sum_dtype
 from minidp.nn import Module
 from minidp.optim import Optimizer
-from minidp.parallel import norms
 from minidp.parallel.buckets import pieces
 from minidp.parallel.errors import NonFiniteGradient
+from minidp.parallel.norms import norm_on
 from minidp.parallel.strategy import StateDict, Strategy
 
 
 class NaiveDataParallel(Strategy):
     """See ``DataParallel``: the same arguments and results, slowly.
 
-    Cost of a step, n bytes of gradients: sent (N−1)n a rank, in one message a parameter and peer.
+    Cost of a step, n bytes of gradients: sent (N−1)n a rank, in one message a parameter and peer. On a device each
+    goes through the host's memory and back, and with ``check_finite`` is waited for once more.
     """
 
     label = "NaiveDataParallel"
@@ -41,12 +44,12 @@ class NaiveDataParallel(Strategy):
     ) -> None:
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
         for segment in self.layout.segments:
-            segment.parameter.data = np.ascontiguousarray(segment.parameter.data)
+            segment.parameter.data = comm.device.xp.ascontiguousarray(segment.parameter.data)
             self.comm.broadcast(segment.parameter.data, 0)  # the same w everywhere
         self._broadcast_rest()
         self._start_gradients()
         self._state = [
-            {slot: np.zeros(segment.size, segment.parameter.dtype) for slot in optimizer.slots}
+            {slot: comm.device.xp.zeros(segment.size, segment.parameter.dtype) for slot in optimizer.slots}
             for segment in self.layout.segments
         ]
 
@@ -64,7 +67,7 @@ class NaiveDataParallel(Strategy):
         if state is not None:
             for slot, arrays in self.optimizer_state().items():
                 for name, array in arrays.items():
-                    array[...] = state[slot][name]
+                    array[...] = asarray(state[slot][name], array_module(array))
 
     def _start_gradients(self) -> None:
         for segment in self.layout.segments:
@@ -80,14 +83,15 @@ class NaiveDataParallel(Strategy):
         gradients = [self._mean_gradient(i, total) for i in range(len(self.layout.segments))]  # ∇L
         if self.clip_norm is not None:
             scale = self._clip_scale(gradients, self.clip_norm)
-            gradients = [gradient * gradient.dtype.type(scale) for gradient in gradients]
+            gradients = [gradient * scale for gradient in gradients]
         for i, gradient in enumerate(gradients):
             self._update(i, gradient)  # w ← w − η ∇L
 
-    def _mean_gradient(self, i: int, total: int) -> np.ndarray:
+    def _mean_gradient(self, i: int, total: int) -> Array:
         """Σ n_i ∇L_i / Σ n_i of one parameter, flat. Direct: everybody's, added in order of rank."""
         parameter = self.layout.segments[i].parameter
-        own = np.zeros(parameter.shape, parameter.dtype) if parameter.grad is None else parameter.grad.numpy()
+        xp = array_module(parameter.data)
+        own = xp.zeros(parameter.shape, parameter.dtype) if parameter.grad is None else parameter.grad.data
         wide = sum_dtype(own.dtype)  # half precision is summed in float32
         gradient = own.reshape(-1).astype(wide)
         sent, received = self.comm.traffic.bytes_sent, self.comm.traffic.bytes_received
@@ -95,32 +99,31 @@ class NaiveDataParallel(Strategy):
         self._exchanged.bytes_sent += self.comm.traffic.bytes_sent - sent
         self._exchanged.bytes_received += self.comm.traffic.bytes_received - received
         gradient /= total
-        if self.check_finite and not np.isfinite(gradient).all():
+        if self.check_finite and not item(xp.isfinite(gradient).all()):
             self._raise_non_finite(i, own)
         return gradient.astype(own.dtype, copy=False)
 
-    def _update(self, i: int, gradient: np.ndarray) -> None:
+    def _update(self, i: int, gradient: Array) -> None:
         segment, state = self.layout.segments[i], self._state[i]
         w = segment.parameter.data.reshape(-1)  # a view: the constructor has made the parameters contiguous
         hyper = self.optimizer.hyper(self.optimizer.group_of(segment.parameter), self.updates)
-        scratch = tuple(np.empty_like(w) for _ in range(self.optimizer.scratch))
+        scratch = tuple(array_module(w).empty_like(w) for _ in range(self.optimizer.scratch))
         self.optimizer.update(
             w, gradient, state, w, state, lr=hyper["lr"], t=self.updates, hyper=hyper, scratch=scratch
         )
         self.optimizer.count_update(w.size, w.itemsize)
 
-    def _clip_scale(self, gradients: list[np.ndarray], clip_norm: float) -> float:
-        flat = np.zeros(self.layout.size, self.layout.dtype)
+    def _clip_scale(self, gradients: list[Array], clip_norm: float) -> Any:
+        xp, size = self.comm.device.xp, self.layout.size
+        flat = xp.zeros(size, self.layout.dtype)
         for view, gradient in zip(self.layout.views(flat), gradients):
             view.reshape(-1)[...] = gradient
-        cuts = pieces(self.layout, 0, self.layout.size)
-        squares = np.zeros(len(cuts))
-        norms.add_squares(squares, cuts, flat, 0, self.layout.size)
-        return norms.clip_scale(squares, clip_norm)
+        norm = norm_on(xp, pieces(self.layout, 0, size), [(0, size)])
+        return norm.clip_scale(norm.squares(flat), clip_norm, self.layout.dtype)
 
-    def _raise_non_finite(self, i: int, own: np.ndarray) -> None:
+    def _raise_non_finite(self, i: int, own: Array) -> None:
         """All ranks see the same sum, so all come here."""
-        found = [float(x) for x in own.reshape(-1) if not np.isfinite(x)][:1]
+        found = [float(x) for x in to_numpy(own).reshape(-1) if not np.isfinite(x)][:1]
         for rank, values in enumerate(self.comm.all_gather_object(found)):
             if values:
                 raise NonFiniteGradient(self.layout.segments[i].name, rank, self.updates, values[0])

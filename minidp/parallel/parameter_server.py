@@ -19,6 +19,8 @@ import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
+from minidp.backend import array_module, asarray, to_numpy
+from minidp.backend.device import Later
 from minidp.comm import CollectiveMismatch, Communicator, RankLost
 from minidp.compress import Compressor, ErrorFeedback, resolved
 from minidp.nn import Module
@@ -27,6 +29,7 @@ from minidp.parallel.blocks import first_not_finite, share_of_mean
 from minidp.parallel.buckets import runs
 from minidp.parallel.delay import Correction
 from minidp.parallel.links import Links
+from minidp.parallel.mirror import Mirror
 from minidp.parallel.parcels import checked_for_servers
 from minidp.parallel.present import Group, Present
 from minidp.parallel.served import Rule
@@ -83,6 +86,7 @@ class ParameterServer(Strategy):
     trip. Memory of a server: its slice of w and of the state, and N slices more: of gradients with staleness 0,
     otherwise (and with ``compress_pull``) of what each worker was given; and up to N of gradients that have come
     while another one is handled. With ``compress`` c bytes of payloads are sent in place of n.
+    Servers are the host's: of a model on a device n bytes a step move out, and n in; the host compresses.
 
     Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", OSDI 2014; for SSP
     Ho et al., NIPS 2013; for backup workers Chen et al., "Revisiting Distributed Synchronous SGD", 2016.
@@ -122,9 +126,10 @@ class ParameterServer(Strategy):
         pull = checked_for_servers(compress_pull, "compress_pull")
         self._compress = push, pull
         super().__init__(model, optimizer, comm, accumulation_steps, None, check_finite)
-        self._loss = 0.0
+        self._losses: list[tuple[Later, int]] = []  # of this step's backwards, and of how many samples
         self._slabs = self._replicate(())
-        w = self._slabs.params[0]
+        self._mirror = Mirror(self._slabs, self.comm.device)
+        w = self._mirror.look()
         number = self.comm.broadcast_object(endpoint.next_session(), 0, "ParameterServer session")
         ranks = self.comm.all_gather_int(endpoint.comm.rank, "ParameterServer ranks")
         turn = self.comm.rank * len(endpoint.servers) // self.comm.world_size
@@ -180,15 +185,15 @@ class ParameterServer(Strategy):
 
     def backward(self, loss: Tensor, samples: int) -> None:
         super().backward(loss, samples)
-        self._loss += float(loss.data) * samples
+        self._losses.append((self.comm.device.later(loss.data), samples))
 
     def _start_gradients(self) -> None:
-        self._loss = 0.0
+        self._losses.clear()
         self.layout.clear_written()
 
     def _reduce_and_update(self, samples: int) -> None:
-        gradient = self._slabs.grads[0]
-        self.layout.zero_unwritten(gradient)
+        self.layout.zero_unwritten(self._slabs.grads[0])
+        gradient = self._mirror.gradient()
         if self.compressor is not None and self.together:
             # Before anybody's residual has taken part in this step. What travels is n_i ∇L_i / Σ n_i.
             total = sum(self._all_finite(samples, gradient))
@@ -205,14 +210,15 @@ class ParameterServer(Strategy):
             0,
             samples,
             element=element,
-            loss=self._loss / max(1, samples),
+            loss=sum(float(loss.get()) * n for loss, n in self._losses) / max(1, samples),
             value=float(gradient[element]) if element >= 0 else 0.0,
         )
         with trace.span("push and pull", "wait"):
             # With backup workers it is the first server that tells who is late.
             exchange = self._links.exchange_in_turn if self.options.backup_workers else self._links.exchange
-            replies = exchange(request, gradient if samples else None, self._slabs.params[0])
+            replies = exchange(request, gradient if samples else None, self._mirror.w)
         self._read(replies)
+        self._mirror.show()
 
     def _read(self, replies: list[Reply]) -> None:
         """Raise what a server has refused; count what has travelled, and how late it was, on each server."""
@@ -253,12 +259,14 @@ class ParameterServer(Strategy):
 
     def consolidate(self) -> None:
         """Give this worker the servers' w, and all workers the same buffers. Collective, as ``state_dict`` is."""
-        buffers = dict(self.model.named_buffers())
-        w = self._slabs.params[0]
-        present = self._present.all_gather_object({} if self.together else buffers, w=w)
-        for name, buffer in () if self.together else buffers.items():
+        buffers = {} if self.together else dict(self.model.named_buffers())
+        mine = {name: to_numpy(buffer) for name, buffer in buffers.items()}
+        present = self._present.all_gather_object(mine, w=self._mirror.w)
+        self._mirror.show()
+        for name, buffer in buffers.items():
             all_of_them = np.stack([theirs[name] for theirs in present])
-            buffer[...] = all_of_them.max(axis=0) if buffer.dtype.kind in "biu" else all_of_them.mean(axis=0)
+            one = all_of_them.max(axis=0) if buffer.dtype.kind in "biu" else all_of_them.mean(axis=0)
+            buffer[...] = asarray(one, array_module(buffer))
 
     def optimizer_state(self) -> Mapping[str, StateDict]:
         flats = self._links.state(self.optimizer.slots)
@@ -272,7 +280,7 @@ class ParameterServer(Strategy):
         self._present.all_gather_int(0)  # nobody has anything on its way
         if self._present.rank == 0:
             flats = None if state is None else {slot: self._flat(of_slot) for slot, of_slot in state.items()}
-            self._links.put(self._slabs.params[0], flats, None)
+            self._links.put(self._mirror.look(), flats, None)
         self._present.all_gather_int(0)
 
     @property
@@ -288,7 +296,7 @@ class ParameterServer(Strategy):
             # A strategy whose steps are updates of all ranks; here, unless these go together, each makes its own.
             updates = self.updates * (1 if self.options.staleness == 0 else self.comm.world_size)
         if self._present.rank == 0:
-            self._links.put(self._slabs.params[0], None, updates)
+            self._links.put(self._mirror.look(), None, updates)
         self._present.all_gather_int(0)
 
     def _flat(self, values: StateDict) -> Flat:

@@ -7,11 +7,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from minidp.backend import item
 from minidp.comm import Communicator
+from minidp.comm.on_device import DeviceCommunicator
 from minidp.nn import Layout
 from minidp.nn.layout import ALIGNMENT_BYTES
+from minidp.parallel.slabs import read_only
 
 STEPS, WRITES, MARK = range(3)  # columns of the tally
+NEEDS_SHARED = (
+    'Updates without a lock need one w that all ranks share: spawn them with world="process" or world="virtual", '
+    "on processors or on devices that see each other's memory, or train by DataParallel, which can send messages"
+)
 COUNTER = np.dtype(np.int64)  # 32 bits are full after 2³¹ writes of one element: a run of days gets there
 
 
@@ -32,33 +39,36 @@ class SharedWeights:
         tally: shape (world_size, 8), int64: a row a rank, which that rank alone writes. Columns: the STEPS and the
             WRITES of elements that it has made.
 
+    Ranks whose models lie on a device have w and the counters there, and the tally on the host: so STEPS and
+    WRITES are those that the host has asked for, of which the device may have some before it still.
+
     Memory of all ranks together, Ψ elements of s bytes: Ψs for w, 8Ψ for the counters.
-    Raises ValueError on all ranks where ``comm.allocate`` gives each rank memory of its own.
+    Raises ValueError on all ranks where ``comm.allocate`` gives each rank memory of its own, or none.
     """
 
     def __init__(self, layout: Layout, comm: Communicator, count_lost: bool) -> None:
         self._layout, self._rank = layout, comm.rank
+        host = comm
+        if isinstance(comm, DeviceCommunicator):
+            host = comm.host
+            if host.shares_memory and not comm.shares_memory:
+                raise ValueError(f"ranks see no memory of each other on {comm.device.name}. {NEEDS_SHARED}")
+        counted = layout.size * COUNTER.itemsize * count_lost
+        shared = comm.allocate(layout.nbytes + counted if comm.rank == 0 else 0)[0]
+        self.w: npt.NDArray[Any] = shared[: layout.nbytes].view(layout.dtype)
+        self.counters: npt.NDArray[np.int64] | None = shared[layout.nbytes :].view(COUNTER) if count_lost else None
         # A cache line of the tally a rank: else those who count would take it from each other all the time.
-        needs = (layout.nbytes, layout.size * COUNTER.itemsize * count_lost, comm.world_size * ALIGNMENT_BYTES)
-        shared = comm.allocate(sum(needs) if comm.rank == 0 else 0)[0]
-        w, counters, tally = np.split(shared, np.cumsum(needs)[:-1])
-        self.w: npt.NDArray[Any] = w.view(layout.dtype)
-        self.counters: npt.NDArray[np.int64] | None = counters.view(COUNTER) if count_lost else None
+        tally = host.allocate(comm.world_size * ALIGNMENT_BYTES if comm.rank == 0 else 0)[0]
         self.tally: npt.NDArray[np.int64] = tally.view(COUNTER).reshape(comm.world_size, -1)
         self.tally[comm.rank, MARK] = 1
         comm.barrier()
         if not self.tally[:, MARK].all():
-            raise ValueError(
-                f"{type(comm).__name__} gives each rank memory of its own, and updates without a lock need one w "
-                'that all ranks share: spawn them with world="process" or world="virtual", or train by '
-                "DataParallel, which can send messages"
-            )
+            raise ValueError(f"{type(host).__name__} gives each rank memory of its own. {NEEDS_SHARED}")
 
     @property
     def readable(self) -> npt.NDArray[Any]:
-        """w, read-only."""
-        view = self.w.view()
-        view.flags.writeable = False
+        """w, read-only (but a device's)."""
+        view: npt.NDArray[Any] = read_only(self.w)
         return view
 
     def steps(self) -> int:
@@ -76,5 +86,5 @@ class SharedWeights:
         """
         assert self.counters is not None
         # Without padding, which is no element. Counters first, since writes are told before they are made.
-        told = sum(int(self.counters[s.offset : s.offset + s.size].sum()) for s in self._layout.segments)
+        told = sum(int(item(self.counters[s.offset : s.offset + s.size].sum())) for s in self._layout.segments)
         return self.written() - told

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from minidp.backend import array_module, asarray
 from minidp.comm import Communicator
 from minidp.compress import Compressor
 from minidp.nn import Layout, Module
@@ -173,7 +174,7 @@ class Stateful(ABC):
         targets = {name: p.data for name, p in self.model.named_parameters()} | dict(self.model.named_buffers())
         for name, target in targets.items():
             if name not in inside:
-                target[...] = values[name]
+                target[...] = asarray(values[name], array_module(target))
 
     @abstractmethod
     def _put(self, values: StateDict, state: Mapping[str, StateDict] | None) -> None:

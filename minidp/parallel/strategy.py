@@ -12,12 +12,20 @@ import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor
-from minidp.backend import array_module, asarray
+from minidp.backend import array_module, asarray, item
 from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
-from minidp.parallel.agreement import agree, check_alone, check_free, check_parameters, describe, owners
+from minidp.parallel.agreement import (
+    agree,
+    check_alone,
+    check_free,
+    check_numbers,
+    check_parameters,
+    describe,
+    owners,
+)
 from minidp.parallel.blocks import first_not_finite
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.layer_state import LayerState
@@ -38,17 +46,21 @@ class Strategy(Stateful):
             loss = strategy.forward_backward(x, y, F.cross_entropy)
             strategy.step()
 
-    Guarantees: after construction every rank holds rank 0's parameters and buffers, whatever it was built
-    with. One ``step`` is one update. After an exception in forward or backward, ``step`` raises until
-    ``discard`` is called.
+    Guarantees: after construction the model lies on ``comm.device``, and every rank holds rank 0's parameters and
+    buffers, whatever it was built with. One ``step`` is one update. After an exception in forward or backward,
+    ``step`` raises until ``discard`` is called.
 
     Raises:
         CollectiveMismatch: the ranks' models or optimizers differ.
         ValueError: the model belongs to another strategy, or the optimizer's parameters are not the model's.
+        TypeError: a model of Python objects (Fractions) where models are to lie on a device.
     """
 
     together: bool = True
     """Whether a step is one of all ranks; otherwise each makes its own, and batch norm goes by its own batches."""
+
+    late: bool = False
+    """Whether a step is committed before it is known to be good (``late.py``)."""
 
     def __init__(
         self,
@@ -73,6 +85,9 @@ class Strategy(Stateful):
         if not self.together:
             check_alone(model, self.label)
         check_parameters(model, optimizer)
+        if not comm.device.on_host:
+            check_numbers(model, comm.device)
+            model.to(comm.device)
         # A duplicate, so that the user's own collectives can't come between ours.
         self.comm = comm.duplicate(self.label)
         mine = self.layout.describe(), repr(model), describe(optimizer, self.layout), self._options()
@@ -114,6 +129,8 @@ class Strategy(Stateful):
     def _forward_backward(self, x: Any, y: Any, loss_fn: Callable[[Tensor, Any], Tensor]) -> Tensor:
         self._check_backward()
         try:
+            if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+                x = self.comm.device.asarray(x)  # once, however often the model uses it; see Function.moves
             with trace.span("forward", "compute"):
                 loss = loss_fn(self.model(x), y)
         except BaseException as error:
@@ -147,8 +164,9 @@ class Strategy(Stateful):
         Without a backward this rank takes part with 0 samples. If no rank has any, there is no gradient: the
         step counts, nothing changes. Afterwards all ranks hold the same parameters, bit for bit.
 
-        Raises: NonFiniteGradient on all ranks (with ``check_finite``), CorruptGradient (with ``checksum``),
-            RuntimeError after a failed backward, CommError. The parameters are then those of the last step.
+        Raises: NonFiniteGradient on all ranks (with ``check_finite``; on a device perhaps of the step before),
+            CorruptGradient (with ``checksum``), RuntimeError after a failed backward, CommError. The parameters
+            are then those of the last good step.
         """
         if self._poison is not None:
             raise RuntimeError(
@@ -231,19 +249,19 @@ class Strategy(Stateful):
         """Average over ranks and update; all ranks or none. With samples, gather what ``_layers`` have."""
 
     def _check_gradient(self, gradient: np.ndarray) -> None:
-        """Raise NonFiniteGradient for this rank's own flat gradient, where ranks step alone."""
+        """Raise NonFiniteGradient for this rank's own gradient, where ranks step alone. Waits for a device."""
         element = first_not_finite(gradient)
         if element >= 0:
-            raise self._not_finite(element, self.comm.rank, float(gradient[element]))
+            raise self._not_finite(element, self.comm.rank, float(item(gradient[element])))
 
     def _all_finite(self, samples: int, gradient: np.ndarray) -> list[int]:
         """Everybody's number of samples; with ``check_finite``, NonFiniteGradient on all ranks, the same, if the
-        flat gradient of any holds NaN or infinity. Collective."""
+        flat gradient of any holds NaN or infinity. Collective; waits for a device."""
         bad = first_not_finite(gradient) if self.check_finite and samples else -1
         told = self.comm.all_gather_int(samples if bad < 0 else -1 - bad, "step/gradients")
         if min(told) < 0:
             element, rank = min((-1 - number, rank) for rank, number in enumerate(told) if number < 0)
-            value = self.comm.broadcast_object(float(gradient[element]), rank, "step/not finite")
+            value = self.comm.broadcast_object(float(item(gradient[element])), rank, "step/not finite")
             raise self._not_finite(element, rank, value)
         return told
 
@@ -261,10 +279,10 @@ class Strategy(Stateful):
 
     def _replicate(self, slots: tuple[str, ...]) -> Slabs:
         """A w of this rank's own with rank 0's values, and its gradients; rank 0's buffers, too. Collective."""
-        slabs = Slabs(self.layout, slots, None)
+        slabs = Slabs(self.layout, slots, None, self.comm.device, self.late)
         self._broadcast_rest()
-        self.layout.pack(slabs.params[0])
-        self.comm.broadcast(slabs.params[0], 0)
+        self.layout.pack(slabs.params[1])
+        self.comm.broadcast(slabs.params[1], 0)
         slabs.bind_grads(0)
         slabs.flip()
         return slabs

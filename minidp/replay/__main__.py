@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from minidp.backend import DeviceUnavailable
 from minidp.comm import RankFailed
 from minidp.comm.errors import in_words
 from minidp.parallel.event_log import DamagedLog, RunLog, read
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         log = read(args.log)
         _introduce(console, args.log, log)
         outcome = rerun(log, revise, args.until_loss_exceeds)
-    except (OSError, DamagedLog, DepartedFromLog, NothingLate) as error:
+    except (OSError, DamagedLog, DepartedFromLog, NothingLate, DeviceUnavailable) as error:
         console.print(f"[red]{error}", soft_wrap=True, highlight=False)
         return 1
     except RankFailed as failed:

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from minidp.backend import Device, get_device
 from minidp.comm import ANY, CommError, RankFailed
 from minidp.comm.endpoint import Endpoint
+from minidp.comm.transport import on_device
 from minidp.launch.virtual import run
 from minidp.parallel import DelayCompensation, serve
 from minidp.parallel.event_log import Event, RunLog, digest
@@ -66,17 +68,26 @@ class DepartedFromLog(CommError):
     """The program did something else than it had done when it was recorded."""
 
 
-def rerun(log: RunLog, revise: Callable[[Rule], Rule] | None = None, until: float | None = None) -> Rerun:
+def rerun(
+    log: RunLog,
+    revise: Callable[[Rule], Rule] | None = None,
+    until: float | None = None,
+    device: Device | None = None,
+) -> Rerun:
     """Run a log again.
 
     Args:
         revise: another rule for the servers, made from the one of the run.
         until: stop at the first gradient whose loss is above this, or is not a number.
+        device: where the workers' models lie; None: on the device of the run, by its name in the log. On another
+            kind of device gradients have other bits.
 
     Raises DepartedFromLog if the program no longer does what it did: it depends on something besides its data, its
     seeds and what it receives, such as the time; or with another rule it stops at another step.
     """
     outcome = Rerun()
+    where = device or get_device(log.facts.get("device", "cpu"))
+    where.check()
 
     def opened(opening: Opening) -> Opening:
         if revise is None:
@@ -95,6 +106,7 @@ def rerun(log: RunLog, revise: Callable[[Rule], Rule] | None = None, until: floa
             outcome.finished.add(server)
             return None
         try:
+            comm = on_device(comm, where)
             fn, args = pickle.loads(log.function)
             value = fn(comm, *args)
         except CommError:
@@ -107,7 +119,7 @@ def rerun(log: RunLog, revise: Callable[[Rule], Rule] | None = None, until: floa
 
     with _search_path(log.facts.get("search", [])):
         try:
-            run(log.function, log.workers, None, _PATIENCE_S, log.servers, life)
+            run(log.function, log.workers, None, _PATIENCE_S, log.servers, life, where)
         except RankFailed as failed:
             departed = failed.__cause__
             if isinstance(departed, DepartedFromLog | NothingLate):
