@@ -4,6 +4,7 @@
 #   sh try.sh test [options]     the tests (options go to pytest)
 #   sh try.sh plan [options]     how far a model scales on machines that one does not have
 #   sh try.sh bench [options]    the benchmarks (PyTorch and MPI are optional: see README)
+#   sh try.sh gpu                all that needs a GPU: doctor, tests, demo, benchmarks
 #   sh try.sh check              ruff and mypy
 set -eu
 cd "$(dirname "$0")"
@@ -29,6 +30,7 @@ fi
 
 extras=test
 [ "${1:-}" != check ] || extras=test,lint
+[ "${1:-}" != gpu ] || extras=test,${MINIDP_GPU:-gpu13}  # MINIDP_GPU=gpu12 for drivers older than 580
 wanted="$extras $(cat pyproject.toml constraints.txt | cksum)"
 if [ "$(cat .venv/installed 2>/dev/null || true)" != "$wanted" ]; then
     echo "Installing minidp and what it needs into .venv (once) ..." >&2
@@ -43,11 +45,18 @@ case $command in
     test) exec .venv/bin/python -m pytest "$@" ;;
     plan) exec .venv/bin/python -m minidp.plan "$@" ;;
     bench) exec .venv/bin/python -m minidp.bench "$@" ;;
+    gpu)
+        .venv/bin/python -m minidp.doctor --device cuda &&
+            .venv/bin/python -m pytest -m gpu "$@" &&
+            .venv/bin/python -m minidp.demo --device cuda &&
+            .venv/bin/python -m minidp.bench step --device cuda &&
+            .venv/bin/python -m minidp.bench allreduce --device cuda
+        ;;
     check)
         .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
         ;;
     *)
-        sed -n '2,7s/^# //p' try.sh
+        sed -n '2,8s/^# //p' try.sh
         exit 2
         ;;
 esac

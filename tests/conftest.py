@@ -1,9 +1,9 @@
-"""Shared by all tests: functions of test modules travel to workers by value, GPUs are looked for once."""
+"""Shared by all tests: functions of test modules travel to workers by value, a GPU is looked for at most once."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from functools import cache
 
 import cloudpickle
 import pytest
@@ -15,7 +15,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # By value: a worker need not import the test module (and pytest, and hypothesis) to run one function of it.
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
         cloudpickle.register_pickle_by_value(module)
-    if importlib.util.find_spec("cupy") is None:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and CuPy; CuPy is not installed"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
+
+@cache
+def why_no_gpu() -> str | None:
+    """Why tests that are marked ``gpu`` can't run here; None: they can.
+
+    Asked when the first of them is about to run. What CUDA is tried for that, a process of its own tries: this one
+    stays as it was, for tests that fork.
+    """
+    from minidp.backend import DeviceUnavailable, get_device
+    from minidp.doctor.probe import look_at_cuda
+
+    try:
+        get_device("cuda").check()
+    except DeviceUnavailable as error:
+        return f"no GPU: {error}"
+    problem = look_at_cuda(pairs=False).problem
+    return None if problem is None else f"no GPU: {problem}"

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minidp.backend import DeviceUnavailable
+from minidp.backend.cuda import INSTEAD, Cuda
 from minidp.data.fashion_mnist import FOLDER
+from minidp.demo.__main__ import main, without_device
+from minidp.demo.tasks import Task
+from tests.device_double import DoubleDevice
 
 OPTIONS = (
     *("--workers", "--epochs", "--global-batch-size", "--lr", "--optimizer", "--naive", "--balance", "--json"),
     *("--trace", "--world", "--straggler", "--flops", "--bandwidth", "--latency", "--jitter", "--topology"),
     *("--ranks-per-node", "--plot", "--micro-shards", "--save", "--resume", "--model", "--dataset", "--until"),
+    "--device",
 )
 PARAMETERS = 64 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10
 STEPS_AN_EPOCH = 6  # ⌈1437 / 256⌉
@@ -27,6 +36,7 @@ FIGURES = {
     "model": str,
     "dataset": str,
     "world": str,
+    "device": str,
     "workers": int,
     "cores": int,
     "global_batch_size": int,
@@ -322,6 +332,7 @@ def test_help_explains_each_option() -> None:
         (["--resume"], "--resume: give a folder, or --save FOLDER as well"),
         (["--resume", "/no such folder"], "there is no checkpoint; --save /no such folder writes some"),
         (["--save", "/dev/null"], "--save /dev/null: this is a file, give a folder"),
+        (["--device", "tpu"], "argument --device: 'tpu': give cpu, cuda or cuda:K, such as cuda:0"),
         (["--model", "rnn"], "invalid choice: 'rnn'"),
         (
             ["--model", "transformer", "--dataset", "digits"],
@@ -437,3 +448,149 @@ def test_a_run_that_diverges_says_what_to_do() -> None:
     assert "The training diverged at step" in out
     assert "try a smaller --lr than 1e+09" in " ".join(out.split())
     assert "Traceback" not in err
+
+
+# -- on a device -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--trace", "TRACE"], "minidp: do 2 workers equal one"),
+        (["--naive"], "2 workers and one end at the same w"),
+        (["--micro-shards", "4"], "2 workers and one end at the same w, to the last bit."),
+        (["--balance"], "share of a batch, least … most"),
+        (["--compress", "int8+ef"], "As int8+ef a worker sends"),
+        (["--model", "cnn", "--until", "10"], "Reached: test accuracy"),
+        (["--world", "virtual"], "on the virtual clock"),
+        (["--strategy", "local"], "replicas are averaged every 8 steps"),
+        (["--strategy", "hogwild"], "all write one w that they share"),
+        (["--strategy", "async"], "each push is an update, when it comes"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_on_a_device(
+    options: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for a GPU, which two workers share: all that the demo does on the processor, it does there."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("minidp.demo.options.Task", partial(Task, hidden=(64,)))  # quick: no speed is looked at
+    monkeypatch.setattr("minidp.demo.__main__.FEW_UPDATES", 4)
+    file = tmp_path / "figures"
+    options = [str(tmp_path / "trace") if option == "TRACE" else option for option in options]
+    assert main([*options, "--workers", "2", "--epochs", "1", "--json", str(file)], device=DoubleDevice()) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert says in out
+    way = "host memory" if "virtual" in options else "memory of the device that all ranks see"
+    assert f"  on    double (2 workers)\n        between workers: {way}\n" in out
+    result = json.loads(file.read_text())
+    assert result["device"] == "double"
+    if result.get("relative_difference") is not None and "--compress" not in options:
+        assert result["relative_difference"] < 1e-3, "N workers equal one"
+        assert len(set(result["sha256"].values())) == 1
+        if result["world"] == "process":
+            assert result["predicted_step_s_one_worker"] is None, "calibration is of the processor"
+            assert "predicted" not in out
+            assert "6 steps, 1 epoch, on double" in out
+
+
+def test_workers_on_different_gpus() -> None:
+    from minidp.demo.places import describe
+
+    assert describe(["GPU 0, H200"], "NCCL") == "  on    GPU 0, H200 (1 worker)\n"
+    assert describe(["GPU 0, H200", "GPU 1, H200", "GPU 0, H200"], "NCCL") == (
+        "  on    GPU 0, H200 (2 workers) and GPU 1, H200 (1 worker)\n        between workers: NCCL\n"
+    )
+
+
+class Missing(DoubleDevice):
+    """There is none, and that is seen at once."""
+
+    def check(self) -> None:
+        raise DeviceUnavailable("device='double' needs a dream", INSTEAD)
+
+
+class BurntOut(DoubleDevice):
+    """It seems to be there, and does not start: the workers find out."""
+
+    def start(self, local_rank: int = 0) -> None:
+        raise DeviceUnavailable("device='double' can't be used:\n\n  it smells. Ask the doctor", INSTEAD)
+
+
+class Deadly(DoubleDevice):
+    """Its driver ends whoever touches it."""
+
+    def start(self, local_rank: int = 0) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(10)
+
+
+def test_a_deadly_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--workers", "1", "--device=cuda"], device=Deadly()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "minidp.demo: device='double' can't be used: rank 0 of 1 was killed by SIGSEGV; python -m minidp.doctor "
+        "tells more; on the processor it is: python -m minidp.demo --workers 1\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (Missing(), "device='double' needs a dream"),
+        (BurntOut(), "device='double' can't be used: it smells; Ask the doctor"),
+    ],
+    ids=("missing", "burnt out"),
+)
+@pytest.mark.parametrize("more", [[], ["--strategy", "async"], ["--world", "virtual"], ["--until", "50"]], ids=str)
+def test_without_a_device(
+    device: DoubleDevice, reason: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--device", "cuda", "--workers", "2", *more], device=device) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    command = " ".join(["python -m minidp.demo --workers 2", *more])
+    assert err == f"minidp.demo: {reason}; on the processor it is: {command}\n", "one sentence, no traceback"
+
+
+def test_the_command_that_works_instead() -> None:
+    error = DeviceUnavailable("none")
+    for given in (
+        ["--device", "cuda", "--save", "a b"],
+        ["--save", "a b", "--devi=cuda:1"],
+        ["--dev", "cuda", "--save", "a b"],
+    ):
+        command = "python -m minidp.demo --save 'a b'"
+        assert without_device(error, given) == f"minidp.demo: none; on the processor it is: {command}"
+
+
+def test_cuda_as_a_person_asks_for_it() -> None:
+    """Where there is no GPU: the sentence and nothing else. (Where there is one: see the tests marked gpu.)"""
+    try:
+        Cuda().check()
+    except DeviceUnavailable:
+        code, out, err = demo("--device", "cuda", "--workers", "2")
+        assert (code, out) == (2, "")
+        assert err.startswith("minidp.demo: device='cuda' needs ")
+        assert err.endswith("; on the processor it is: python -m minidp.demo --workers 2\n")
+        assert err.count("\n") == 1
+    else:
+        pytest.skip("there may be a GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "more", [[], ["--micro-shards", "4"], ["--strategy", "async"], ["--compress", "topk:0.01+ef"]], ids=str
+)
+def test_on_a_gpu(more: list[str], tmp_path: Path) -> None:
+    options = ("--device", "cuda:0", "--workers", "2", "--epochs", "1", "--json", str(tmp_path / "figures"), *more)
+    code, out, err = demo(*options)
+    assert (code, err) == (0, "")
+    assert re.search(r"on    GPU 0, .*\(2 workers\)\n        between workers: ", out)
+    assert json.loads((tmp_path / "figures").read_text())["device"] == "cuda:0"

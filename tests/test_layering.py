@@ -35,14 +35,16 @@ COMMANDS = ("demo", "bench", "plan", "replay", "doctor", "calibrate")
 
 # Besides NumPy and the standard library. A new line here is a new dependency: it needs a reason.
 THIRD_PARTY = {
+    "backend": {"cupy", "cupyx", "cupy_backends"},
     "trace": {"matplotlib"},
     "sim": {"greenlet"},
-    "comm": {"greenlet"},
+    "comm": {"cupy", "greenlet"},
     "nn": {"safetensors"},
     "launch": {"cloudpickle", "greenlet", "multiprocessing_logging", "rich", "threadpoolctl"},
     # micro_shards: the number of BLAS threads changes bits; servers get rules whose schedules may be lambdas
     "parallel": {"cloudpickle", "threadpoolctl"},
     "demo": {"rich"},
+    "doctor": {"rich", "threadpoolctl"},
     "plan": {"matplotlib", "rich"},
     "replay": {"rich"},
     "bench": {"rich", "threadpoolctl", "torch", "mpi4py", "ray"},

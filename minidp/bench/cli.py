@@ -11,9 +11,11 @@ from types import FrameType
 
 from rich.console import Console
 
+from minidp.backend import DeviceUnavailable, get_device
 from minidp.bench import (
     allreduce,
     compress,
+    device_memory,
     fault_report,
     faults,
     micro_shards,
@@ -22,6 +24,7 @@ from minidp.bench import (
     scaling,
     startup,
     step,
+    step_cuda,
     virtual,
     whereabouts,
 )
@@ -59,12 +62,22 @@ BENCHES = {
     "virtual": "the virtual world: messages/s, 1000 ranks train, 10 000 are timed, steps predicted (2 minutes)",
 }
 
+ON_DEVICES = {
+    "step": "cuda: on one GPU, next to PyTorch eager there",
+    "allreduce": "cuda: in memory of one GPU, next to a copy; and what update rules reach of it",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one bench and print it. Returns the exit status; a missed bar is a finding, not a failure."""
     options = parser().parse_args(arguments)
     pairs = options.pairs or (QUICK.pairs if options.quick else PROPER_PAIRS)
     rounds = Rounds(pairs, options.burst or (QUICK.burst_s if options.quick else BURST_S))
+    try:
+        get_device(options.device).check()
+    except DeviceUnavailable as reason:
+        print(f"python -m minidp.bench {options.bench}: {reason}", file=sys.stderr)
+        return 2
     # SIGTERM ends as Ctrl-C does: by an exception, so that every contestant's processes are ended on the way out.
     before = signal.signal(signal.SIGTERM, _leave)
     try:
@@ -92,6 +105,8 @@ def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report 
         trials = options.trials or (len(faults.KINDS) if options.quick else 10 * len(faults.KINDS))
         screen.phase("faults", trials)
         return fault_report.FaultReport(faults.run(trials, options.seed, screen.tick), options.seed)
+    if options.device == "cuda":
+        return step_cuda.run(rounds, screen) if options.bench == "step" else device_memory.run(rounds, screen)
     if options.bench == "allreduce":
         sizes = options.sizes or (allreduce.QUICK_SIZES if options.quick else allreduce.SIZES)
         return allreduce.run(rounds, screen, sizes)
@@ -142,6 +157,9 @@ def parser() -> argparse.ArgumentParser:
             parents=[common],
             formatter_class=form,
         )
+        bench.set_defaults(device="cpu")
+        if name in ON_DEVICES:
+            bench.add_argument("--device", choices=("cpu", "cuda"), help=ON_DEVICES[name])
         if name == "faults":
             bench.add_argument(
                 "--trials", type=_positive, metavar="N", help="faults, their kinds in turn; default 10 of each"

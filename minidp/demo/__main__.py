@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -12,8 +13,10 @@ from rich.console import Console
 
 import minidp
 from minidp import parallel, trace
+from minidp.backend import Device, DeviceUnavailable
 from minidp.demo import compare, compare_compressors, goal, report
 from minidp.demo.options import parse
+from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, fingerprint, train
 from minidp.demo.words import write
@@ -29,8 +32,37 @@ Runs = tuple[report.Outcome, list[trace.Event], dict[str, np.ndarray]]
 """Figures, events of all of the workers' ranks, and the workers' w."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, device: Device | None = None) -> int:
+    """Run the demo; the exit status. ``device``: another than ``--device`` names."""
     args = parse(argv)
+    args.device = device or args.device
+    try:
+        args.device.check()
+        return _run(args)
+    except DeviceUnavailable as error:
+        unavailable = error
+    except minidp.RankFailed as failed:
+        if not isinstance(failed.__cause__, DeviceUnavailable):
+            raise
+        unavailable = failed.__cause__
+    sys.stderr.write(without_device(unavailable, sys.argv[1:] if argv is None else argv) + "\n")
+    return 2
+
+
+def without_device(error: DeviceUnavailable, argv: list[str]) -> str:
+    """One sentence: why there is no such device, and the command that does the same without."""
+    words = " ".join(error.reason.split()).rstrip(".")
+    given, rest = iter(argv), ["python", "-m", "minidp.demo"]
+    for option in given:
+        name, equals, _ = option.partition("=")
+        if len(name) < len("--de") or not "--device".startswith(name):  # argparse takes beginnings of names, too
+            rest.append(option)
+        elif not equals:
+            next(given)
+    return f"minidp.demo: {words.replace('. ', '; ')}; on the processor it is: {shlex.join(rest)}"
+
+
+def _run(args: Namespace) -> int:
     console = Console()
     logging.getLogger("minidp.launch").setLevel(logging.ERROR)  # the demo says itself what there is to say
     logging.getLogger("minidp.sim").setLevel(logging.ERROR)
@@ -56,12 +88,12 @@ def main(argv: list[str] | None = None) -> int:
             return compare.compare(console, args, job)
         if args.survey:
             return compare_compressors.compare(console, args, job)
-        report.introduce(console, job, args.workers, cores(), args.cluster)
+        report.introduce(console, job, args.workers, cores(), args.cluster, place(args))
         if job.until is not None:
             return goal.reach(console, args, job)
         result, events, state = (in_processes if args.cluster is None else virtually)(args, job)
         if job.compress is None:
-            result = replace(result, sha256=fingerprints(args.world, job))
+            result = replace(result, sha256=fingerprints(args, job))
     except minidp.RankFailed as failed:
         if not isinstance(failed.__cause__, parallel.NonFiniteGradient):
             raise
@@ -86,11 +118,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def in_processes(args: Namespace, job: Job) -> Runs:
-    """Timed on this machine, beside what its calibration predicts."""
-    machine = replace(calibrate(CALIBRATION_S), nodes=max(2, args.workers))
+    """Timed on this machine, beside what its calibration predicts; of GPUs there is none."""
+    predicted: tuple[float | None, float | None] = None, None
+    if args.device.on_host:
+        predicted = predict(args, job, replace(calibrate(CALIBRATION_S), nodes=max(2, args.workers)))
 
     def run(workers: int, job: Job) -> list[Result]:
-        return minidp.spawn(train, workers, job, blas_threads=1)
+        return minidp.spawn(train, workers, job, device=args.device, blas_threads=1)
 
     one: list[Result] = []
     many: list[Result] = []
@@ -110,7 +144,7 @@ def in_processes(args: Namespace, job: Job) -> Runs:
     weak = run(args.workers, weak_job)[0]
     speedup_weak = args.workers * report.steps_per_s([weak]) / report.steps_per_s(one)
     outcome = report.outcome(
-        "process", job, args.workers, cores(), one, many, speedup_weak, predict(args, job, machine)
+        "process", args.device.name, job, args.workers, cores(), one, many, speedup_weak, predicted
     )
     return outcome, [event for result in results for event in result.events], many[0].state
 
@@ -118,26 +152,34 @@ def in_processes(args: Namespace, job: Job) -> Runs:
 def virtually(args: Namespace, job: Job) -> Runs:
     """Timed on the virtual clock, where one run is as good as many."""
     cluster: Cluster = args.cluster
-    one = minidp.spawn(train, 1, job.alone(), world="virtual", cluster=_alone(cluster))
-    many = minidp.spawn(train, args.workers, replace(job, record=True), world="virtual", cluster=cluster)
+
+    def run(workers: int, job: Job, cluster: Cluster = cluster) -> list[Result]:
+        return minidp.spawn(train, workers, job, world="virtual", device=args.device, cluster=cluster)
+
+    one = run(1, job.alone(), _alone(cluster))
+    many = run(args.workers, replace(job, record=True))
     weak_job = replace(job, global_batch_size=args.workers * job.global_batch_size, copies=args.workers)
     weak_s = _predicted(weak_job, args.workers, cluster)
     if weak_s is None:
         once = replace(weak_job, epochs=1, save=None, resume=None)
-        weak_s = report.step_s(minidp.spawn(train, args.workers, once, world="virtual", cluster=cluster))
+        weak_s = report.step_s(run(args.workers, once))
     speedup_weak = args.workers * report.step_s(one) / weak_s
     predicted = predict(args, job, cluster)
-    outcome = report.outcome("virtual", job, args.workers, cores(), one, many[:1], speedup_weak, predicted)
+    outcome = report.outcome(
+        "virtual", args.device.name, job, args.workers, cores(), one, many[:1], speedup_weak, predicted
+    )
     return outcome, [event for result in many for event in result.events], many[0].state
 
 
-def fingerprints(world: str, job: Job) -> dict[int, str]:
+def fingerprints(args: Namespace, job: Job) -> dict[int, str]:
     """What a few updates with micro-shards end at, with 1, 2 and 4 workers."""
     shards = job.micro_shards or MICRO_SHARDS
     job = replace(job.alone(), naive=False, micro_shards=shards)
     updates = FEW_UPDATES if job.task.model == "mlp" else FEW_UPDATES // 4
     return {
-        workers: minidp.spawn(fingerprint, workers, job, updates, world=world, progress=False)[0]
+        workers: minidp.spawn(
+            fingerprint, workers, job, updates, world=args.world, device=args.device, progress=False
+        )[0]
         for workers in (1, 2, 4)
         if shards % workers == 0
     }

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import minidp
 from minidp.demo import comparison_report
+from minidp.demo.places import place
 from minidp.demo.strategies import ALL, TARGET, WAYS, Knobs
 from minidp.demo.train import Job
 from minidp.demo.trial import Part, Point, Trial, train_for
@@ -54,6 +55,7 @@ class Comparison:
     model: str
     dataset: str
     world: str
+    device: str
     workers: int
     servers: int
     staleness_bound: int
@@ -73,7 +75,7 @@ class Comparison:
 
 def compare(console: Console, args: Namespace, job: Job) -> int:
     names = list(WAYS) if args.strategy == ALL else ["sync", args.strategy]
-    comparison_report.introduce(console, args, job, names)
+    comparison_report.introduce(console, args, job, names, place(args))
     result = _run_all(args, job, names)
     comparison_report.show(console, result)
     if args.plot:
@@ -102,6 +104,7 @@ def _run_all(args: Namespace, job: Job, names: list[str]) -> Comparison:
             trial,
             servers=args.servers if WAYS[name].served else 0,
             world=args.world,
+            device=args.device,
             cluster=args.cluster,
             blas_threads=1,
         )
@@ -110,6 +113,7 @@ def _run_all(args: Namespace, job: Job, names: list[str]) -> Comparison:
         model=job.task.model,
         dataset=job.task.dataset,
         world=args.world,
+        device=args.device.name,
         workers=args.workers,
         servers=args.servers,
         staleness_bound=args.staleness,

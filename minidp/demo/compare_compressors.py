@@ -11,6 +11,7 @@ from rich.console import Console
 import minidp
 from minidp import compress
 from minidp.demo import compressors, survey_report
+from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, train
 from minidp.demo.words import write
@@ -66,7 +67,7 @@ class Survey:
 
 
 def compare(console: Console, args: Namespace, job: Job) -> int:
-    survey_report.introduce(console, job, args.workers, args.cluster, SEEDS, list(SPECS))
+    survey_report.introduce(console, job, args.workers, args.cluster, SEEDS, list(SPECS), place(args))
     result = _run_all(console, args, job)
     survey_report.show(console, result)
     if args.plot:
@@ -98,7 +99,10 @@ def _run_all(console: Console, args: Namespace, job: Job) -> Survey:
             for seed in range(SEEDS):
                 status.update(f"{name}, seed {seed + 1} of {SEEDS}")
                 one = replace(job, compress=spec, seed=seed)
-                runs[name].append(minidp.spawn(train, args.workers, one, world="virtual", cluster=args.cluster)[0])
+                results = minidp.spawn(
+                    train, args.workers, one, world="virtual", device=args.device, cluster=args.cluster
+                )
+                runs[name].append(results[0])
     base = _figures(job, compressors.FLOAT32, runs[compressors.FLOAT32], None)
     found = [_figures(job, name, results, base) for name, results in runs.items()]
     steps = runs[compressors.FLOAT32][0].steps

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from minidp.demo.compare import Comparison, Figures
 
 
-def introduce(console: Console, args: Namespace, job: Job, names: list[str]) -> None:
+def introduce(console: Console, args: Namespace, job: Job, names: list[str], place: str = "") -> None:
     workers = number(args.workers, "worker")
     served = any(WAYS[name].served for name in names)
     servers = f" and {number(args.servers, 'server')}" if served else ""
@@ -38,6 +38,8 @@ def introduce(console: Console, args: Namespace, job: Job, names: list[str]) -> 
             highlight=False,
         )
     console.print()
+    if place:
+        console.print(place, highlight=False, markup=False)
     if args.cluster is not None:
         varies = f"        computing times vary: jitter {args.cluster.jitter:g}\n" * (args.cluster.jitter > 0)
         console.print(report.describe(args.cluster) + varies, highlight=False)

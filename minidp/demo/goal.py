@@ -21,6 +21,7 @@ class Reached:
     model: str
     dataset: str
     world: str
+    device: str
     workers: int
     compress: str | None
     until: float
@@ -38,6 +39,7 @@ class Reached:
             model=args.task.model,
             dataset=args.task.dataset,
             world=args.world,
+            device=args.device.name,
             workers=args.workers,
             compress=args.compress,
             until=until,
@@ -69,9 +71,11 @@ def reach(console: Console, args: Namespace, job: Job) -> int:
     assert job.until is not None
     start = time.perf_counter()
     if args.cluster is None:
-        result = minidp.spawn(train, args.workers, job, blas_threads=1)[0]
+        result = minidp.spawn(train, args.workers, job, device=args.device, blas_threads=1)[0]
     else:
-        result = minidp.spawn(train, args.workers, job, world="virtual", cluster=args.cluster)[0]
+        result = minidp.spawn(train, args.workers, job, world="virtual", device=args.device, cluster=args.cluster)[
+            0
+        ]
     found = Reached.of(result, args, time.perf_counter() - start)
     show(console, found)
     if job.task.model == "transformer":

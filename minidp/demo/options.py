@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minidp.backend import Device, get_device
 from minidp.demo import compress_options, strategy_options
 from minidp.demo.tasks import FITTING, MODELS, Task
 from minidp.demo.train import DEFAULT_LR, OPTIMIZERS
@@ -114,6 +115,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--world",
         choices=("process", "virtual"),
         help="(default: process; virtual for --strategy all and --compress all)",
+    )
+    add(
+        "--device",
+        type=_device,
+        default="cpu",
+        metavar="cpu|cuda|cuda:K",
+        help="where models are trained: on the processor (default), on GPUs, worker after worker on one after the "
+        "other, or all workers on GPU number K",
     )
     strategy_options.add_to(parser)
     compress_options.add_to(parser)
@@ -254,6 +263,13 @@ def _usual(dataset: str, model: str) -> str:
         f"{model} on {dataset}: {usual.epochs} epoch{'s' * (usual.epochs > 1)}, B = {usual.global_batch_size}, "
         f"{usual.optimizer}, η = {usual.lr:g}"
     )
+
+
+def _device(text: str) -> Device:
+    try:
+        return get_device(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give cpu, cuda or cuda:K, such as cuda:0") from None
 
 
 def _straggler(text: str) -> tuple[int, float]:

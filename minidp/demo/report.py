@@ -28,12 +28,13 @@ class Outcome:
     """The demo's figures, as ``--json`` writes them. Times are medians over epochs of all rounds.
 
     ``predicted_…`` are those of a timing-only run: on this machine as it was calibrated just before, or on the
-    virtual cluster. None where it can't tell (balanced shares).
+    virtual cluster. None where it can't tell (balanced shares, GPUs).
     """
 
     model: str
     dataset: str
     world: str
+    device: str
     workers: int
     cores: int
     global_batch_size: int
@@ -50,7 +51,7 @@ class Outcome:
     speedup_weak: float
     step_s_one_worker: float
     step_s: float
-    predicted_step_s_one_worker: float
+    predicted_step_s_one_worker: float | None
     predicted_step_s: float | None
     bytes_per_step: float
     bytes_per_step_float32: float
@@ -87,19 +88,21 @@ def relative_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> f
 
 def outcome(
     world: str,
+    device: str,
     job: Job,
     workers: int,
     cores: int,
     one: list[Result],
     many: list[Result],
     speedup_weak: float,
-    predicted: tuple[float, float | None],
+    predicted: tuple[float | None, float | None],
 ) -> Outcome:
     single, several = steps_per_s(one), steps_per_s(many)
     return Outcome(
         model=job.task.model,
         dataset=job.task.dataset,
         world=world,
+        device=device,
         workers=workers,
         cores=cores,
         global_batch_size=job.global_batch_size,
@@ -131,7 +134,9 @@ def outcome(
     )
 
 
-def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Cluster | None) -> None:
+def introduce(
+    console: Console, job: Job, workers: int, cores: int, cluster: Cluster | None, place: str = ""
+) -> None:
     shares = " + ".join(f"n_{i}" for i in range(1, min(workers, 3) + 1)) + (" + …" if workers > 3 else "")
     question = f"do {number(workers, 'worker')} equal one, and how much faster?"
     if job.until is not None:
@@ -151,6 +156,8 @@ def introduce(console: Console, job: Job, workers: int, cores: int, cluster: Clu
     )
     if job.compress is not None:
         console.print(compression_report.sent(job), highlight=False, markup=False)
+    if place:
+        console.print(place, highlight=False, markup=False)
     if cluster is not None:
         console.print(describe(cluster), highlight=False)
     elif workers > cores:
@@ -183,7 +190,9 @@ def describe(cluster: Cluster) -> str:
 
 
 def show(console: Console, result: Outcome, task: Task) -> None:
-    threads = "one BLAS thread a worker" if result.world == "process" else "on the virtual clock"
+    threads = f"on {result.device}" if result.device != "cpu" else "one BLAS thread a worker"
+    if result.world == "virtual":
+        threads = "on the virtual clock"
     more = "" if result.resumed_at is None else "more "
     table = Table(
         title=f"{result.steps} {more}steps, {number(result.epochs, 'epoch')}, {threads}",
@@ -204,8 +213,13 @@ def show(console: Console, result: Outcome, task: Task) -> None:
         ("test accuracy", f"{result.test_accuracy_one_worker:.1%}", f"{result.test_accuracy:.1%}"),
         ("max|Δw| / max|w|", "0", f"{result.relative_difference:.1e}"),
     ]
+    if (result.predicted_step_s_one_worker, result.predicted_step_s) == (None, None):
+        del rows[2]
     if result.compress is not None:
-        rows.insert(6, ("without compression, float32", "0 B", in_bytes(result.bytes_per_step_float32)))
+        rows.insert(
+            rows.index(next(row for row in rows if row[0].startswith("sent"))) + 1,
+            ("without compression, float32", "0 B", in_bytes(result.bytes_per_step_float32)),
+        )
     if result.shares is not None:
         least, most = min(result.shares), max(result.shares)
         rows.insert(1, ("share of a batch, least … most", "100%", f"{least:.1%} … {most:.1%}"))
@@ -236,6 +250,10 @@ def explain(result: Outcome, classes: int) -> str:
         same = "[red]The two ended at different w: this should not happen; please report it.[/]"
     if result.speedup_strong > 1:
         faster = f"The same {result.steps} steps took 1/{result.speedup_strong:.2f} of the time."
+    elif result.device != "cpu":
+        faster = (
+            "It was not faster: who shares a GPU shares its time, and a small model is done before all is said."
+        )
     else:
         faster = "It was not faster: no core for each worker, or a busy machine."
     if result.resumed_at is not None:

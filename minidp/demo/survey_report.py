@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from minidp.demo.compare_compressors import Figures, Survey
 
 
-def introduce(console: Console, job: Job, workers: int, cluster: Cluster, seeds: int, names: list[str]) -> None:
+def introduce(
+    console: Console, job: Job, workers: int, cluster: Cluster, seeds: int, names: list[str], place: str = ""
+) -> None:
     console.print(
         f"[bold]minidp[/]: {number(workers, 'worker')}, how small may gradients be?\n\n{report.material(job)}"
         f"  step  of each worker: B/N = {job.global_batch_size}/{workers} samples; {report.rate(job)}\n"
         f"        {number(job.epochs, 'epoch')}, with each of {seeds} seeds\n",
         highlight=False,
     )
+    if place:
+        console.print(place, highlight=False, markup=False)
     console.print(report.describe(cluster), highlight=False)
     wide = 1 + max(map(len, names))
     for name in names:

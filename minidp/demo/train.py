@@ -113,7 +113,8 @@ def train(comm: Communicator, job: Job) -> Result:
     )
     resumed_at = None if job.resume is None else strategy.load(job.resume).updates
     first, step = loader.position(strategy.updates)
-    recorder, epoch_s, total = trace.Recorder(comm.rank, comm.now), [], len(loader) * job.epochs
+    recorder = trace.Recorder(comm.rank, comm.now, comm.device.clock(comm.now) if job.record else None)
+    epoch_s, total = [], len(loader) * job.epochs
     comm.barrier()
     with trace.recording(recorder):
         for epoch in range(first, job.epochs):
@@ -121,6 +122,7 @@ def train(comm: Communicator, job: Job) -> Result:
             for x, y in loader.epoch(epoch, step if epoch == first else 0):
                 loss = strategy.forward_backward(x, y, F.cross_entropy)  # ∇L_i
                 strategy.step()  # ∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; sync
+            comm.device.synchronize()  # what was only asked for, is not done
             epoch_s.append(comm.now() - start)
             note = f"epoch {epoch + 1}, loss {float(loss):.3f}"
             if job.save is not None:
@@ -137,6 +139,7 @@ def train(comm: Communicator, job: Job) -> Result:
         loss_sum, _, seen = evaluate(comm, strategy.model, train_set, strategy.shard)
         _, correct, count = evaluate(comm, strategy.model, test_set, strategy.shard)
     state = strategy.state_dict()  # collective: every rank calls it
+    recorder.settle()
     return Result(
         steps=strategy.updates - (resumed_at or 0),
         epoch_s=epoch_s,

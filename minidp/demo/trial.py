@@ -82,6 +82,7 @@ def train_for(comm: Communicator, trial: Trial) -> Part:
     for x, y in _endless(loader):
         strategy.forward_backward(x, y, F.cross_entropy)
         strategy.step()
+        comm.device.synchronize()  # the clock tells of what is done, not of what was asked for
         samples += len(x)
         seconds = comm.now() - start
         if comm.rank == 0 and end.part(strategy.updates, seconds) * trial.points >= len(album):

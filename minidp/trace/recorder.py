@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 Clock = Callable[[], float]
 
@@ -27,6 +27,16 @@ class Event(NamedTuple):
         return self.end_s - self.start_s
 
 
+class DeviceClock(Protocol):
+    """The clock of a device that works through what it was asked in its own time."""
+
+    def mark(self) -> Any:
+        """A mark behind all that the device has been asked so far; nobody waits."""
+
+    def seconds(self, mark: Any) -> float:
+        """When the device came by, on the recorder's clock. Waits until it has."""
+
+
 class Recorder:
     """The events of one rank, in order of their ends (so that a nested span comes before its parent).
 
@@ -35,16 +45,30 @@ class Recorder:
         clock: seconds from any fixed origin, the same one for all ranks that are to be seen together. The
             default, ``time.perf_counter``, has one origin for all processes of a machine (on Linux it reads
             CLOCK_MONOTONIC). The virtual world gives its own.
+        device: the clock of the device that the rank computes on, if it is not the host. Spans then tell when the
+            host asked for something; `settle` adds when the device did it.
     """
 
-    def __init__(self, rank: int = 0, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, rank: int = 0, clock: Clock = time.perf_counter, device: DeviceClock | None = None) -> None:
         self.rank = rank
         self.clock = clock
+        self.device = device
         self.events: list[Event] = []
+        self._marked: list[tuple[Event, Any, Any]] = []
 
     def add(self, name: str, category: str, start_s: float, end_s: float, **args: Any) -> None:
         """Record a span whose times are known, such as one that a clock of one's own has measured."""
         self.events.append(Event(name, category, start_s, end_s, self.rank, args))
+
+    def settle(self) -> None:
+        """Add an event for each span in which the device was given work, with the device's times and
+        ``args["stream"] = "device"``. Waits for the device; once, at the end."""
+        marked, self._marked = self._marked, []
+        for event, start, end in marked:
+            assert self.device is not None
+            start_s, end_s = self.device.seconds(start), self.device.seconds(end)
+            args = {**event.args, "stream": "device"}
+            self.events.append(event._replace(start_s=start_s, end_s=end_s, args=args))
 
     def __repr__(self) -> str:
         return f"Recorder(rank={self.rank}, {len(self.events)} events)"
@@ -71,7 +95,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 class _Span:
     """An open span; it is recorded when it ends, also by an exception, whose name it then carries."""
 
-    __slots__ = ("args", "category", "name", "recorder", "start_s")
+    __slots__ = ("args", "category", "mark", "name", "recorder", "start_s")
 
     def __init__(self, recorder: Recorder, name: str, category: str, args: dict[str, Any]) -> None:
         self.recorder = recorder
@@ -80,7 +104,9 @@ class _Span:
         self.args = args
 
     def __enter__(self) -> None:
-        self.start_s = self.recorder.clock()
+        recorder = self.recorder
+        self.start_s = recorder.clock()
+        self.mark = None if recorder.device is None else recorder.device.mark()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -89,7 +115,10 @@ class _Span:
         end_s = recorder.clock()
         if kind is not None:
             self.args["error"] = kind.__name__
-        recorder.events.append(Event(self.name, self.category, self.start_s, end_s, recorder.rank, self.args))
+        event = Event(self.name, self.category, self.start_s, end_s, recorder.rank, self.args)
+        recorder.events.append(event)
+        if recorder.device is not None:
+            recorder._marked.append((event, self.mark, recorder.device.mark()))
 
 
 class _Nothing:

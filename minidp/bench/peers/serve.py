@@ -47,6 +47,13 @@ class Contestant:
     def barrier(self) -> None:
         """Wait for all ranks."""
 
+    def elapse(self, call: Callable[[], object], repeats: int) -> float:
+        """Seconds that so many calls take."""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return time.perf_counter() - start
+
     def all_reduce(self, job: AllReduce) -> tuple[Callable[[], object], Callable[[float], None], Any]:
         """The call to time, a function that fills the array with a number, and the array."""
         raise NotImplementedError
@@ -100,7 +107,4 @@ def _burst(contestant: Contestant, call: Callable[[], object], burst: Burst) -> 
     for _ in range(burst.warm_up):
         call()
     contestant.barrier()
-    start = time.perf_counter()
-    for _ in range(burst.repeats):
-        call()
-    return time.perf_counter() - start
+    return contestant.elapse(call, burst.repeats)
