@@ -430,8 +430,10 @@ class DoubleDevice(Device):
 @contextmanager
 def kernels() -> Iterator[None]:
     """Within the block CUDA kernels run, as they do on a GPU."""
+    before = vars(xp).copy()
     xp.RawModule = host_cuda.RawModule
     try:
         yield
     finally:
-        del xp.RawModule
+        if "RawModule" not in before:
+            del xp.RawModule

@@ -15,6 +15,7 @@ from minidp.backend import array_module
 from minidp.backend.kernels import Launcher
 from minidp.nn import attention
 from minidp.nn import functional as F
+from minidp.nn.activations import ReLU
 from tests import device_double, host_cuda
 from tests.device_double import xp
 
@@ -222,3 +223,15 @@ def test_nothing_at_all(function, shapes, dtype):
     found, _ = both_ways(function, arrays, xp)
     expected, _ = both_ways(function, arrays, np)
     assert [a.tobytes() for a in found] == [b.tobytes() for b in expected]
+
+
+class Leaky(ReLU):
+    """A user's own, derived from an operation that has kernels."""
+
+    def forward(self, x):
+        return self.xp.maximum(x, x * 0.5)
+
+
+def test_a_derived_operation_is_not_replaced():
+    with device_double.kernels():
+        assert Leaky.apply(xp.asarray(np.array([-2.0, 2.0]))).numpy().tolist() == [-1, 2]

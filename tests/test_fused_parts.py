@@ -8,7 +8,7 @@ import pytest
 from minidp import nn
 from minidp.autograd import Tensor, no_grad
 from minidp.backend import generator, meter
-from minidp.nn import activations, fused, fused_linear
+from minidp.nn import activations, fused, fused_embedding, fused_linear
 from minidp.nn import functional as F
 from tests import device_double, host_cuda
 from tests.device_double import DeviceArray, xp
@@ -74,6 +74,17 @@ def test_column_sums_are_cut_by_the_shape_into_pieces_that_fill_a_gpu():
     assert fused_linear.cut(4096, 4096) == (128, 4)
     assert fused_linear.cut(65536, 10) == (1, 512)
     assert fused_linear.cut(10, 10**6) == (31250, 1)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 50])
+def test_threads_go_on_from_row_to_row(columns):
+    """Biases, added by so few threads that each goes over many rows."""
+    bias = np.arange(columns) + 1.0
+    kernels = fused_linear.KERNELS.on(xp, bias.dtype)
+    for blocks, threads in ((1, 1), (1, 5), (2, 7)):
+        y = xp.zeros((40, columns))
+        kernels.blocks("add_bias", blocks, threads, y.size, y, xp.asarray(bias), columns)
+        assert y.tolist() == [bias.tolist()] * 40
 
 
 def build(slots):
@@ -201,6 +212,32 @@ def test_gradients_of_embeddings_are_added_in_the_order_of_places(count):
     assert weight.grad.numpy().tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("places", [1, 7, 8, 9, 15, 16])
+def test_what_lies_behind_the_places_of_a_token_is_not_added(places):
+    """The kernel is given more of the same token than it shall take."""
+    grad = np.random.default_rng(0).integers(-9, 10, (40, 3)).astype("float64")
+    tokens, out = xp.full(40, 2, dtype="int64"), xp.zeros((4, 3))
+    kernels = fused_embedding.KERNELS.on(xp, out.dtype)
+    kernels.blocks("embedding_backward", places, 32, 3, places, tokens, xp.arange(40), xp.asarray(grad), out)
+    assert out.tolist() == [[0] * 3, [0] * 3, grad[:places].sum(axis=0).tolist(), [0] * 3]
+
+
+# --- rows ---
+
+
+@dtypes
+@pytest.mark.parametrize("size", [3, 40, 600])
+@pytest.mark.parametrize("far", [-3000, 3000])
+def test_the_largest_of_a_row_is_taken_off_wherever_it_lies(size, far, dtype):
+    """float32 holds the shifted numbers exactly, so that nothing but overflow could tell the two apart."""
+    x = np.random.default_rng(0).integers(-8, 8, (4, size)).astype(dtype)
+    labels = np.arange(4) % size
+    for function in (F.softmax, F.log_softmax, lambda x: F.cross_entropy(x, labels)):
+        found, _ = both_ways(function, [x + far], xp)
+        expected, _ = both_ways(function, [x], xp)
+        assert [a.tobytes() for a in found] == [b.tobytes() for b in expected]
+
+
 # --- dropout ---
 
 
@@ -214,17 +251,18 @@ def test_masks_are_those_of_numpys_generator(n):
         assert np.isin(y.numpy(), np.array([0, 1 / (1 - p)], "float32")).all()
 
 
-def test_threads_go_on_in_the_stream_of_draws():
-    """A grid of three threads for 1001 draws: each takes many, and nothing depends on their number."""
+@pytest.mark.parametrize("n", [1000, 1001])
+def test_threads_go_on_in_the_stream_of_draws(n):
+    """A grid of three threads: each takes many draws, nothing depends on their number, and after n they stop."""
     operation = activations.Dropout.fused()
     operation.xp, operation.needs = xp, [False]
     operation.forward(xp.ones(1, dtype="float64"), p=0.25, seed=3, key=())
-    x, out = xp.ones(1001), xp.zeros(1001)
-    expected = (generator(3).random(1001, dtype="float32") >= 0.25) / 0.75
+    x, out = xp.ones(1005), xp.zeros(1005)
+    expected = (generator(3).random(n, dtype="float32") >= 0.25) / 0.75
     for blocks, threads in ((1, 3), (1, 32), (5, 7)):
-        out[...] = 0
-        operation.kernels.blocks("dropout", blocks, threads, 1001, x, out, *operation.saved)
-        assert out.tolist() == expected.tolist()
+        out[...] = 7
+        operation.kernels.blocks("dropout", blocks, threads, n, x, out, *operation.saved)
+        assert out.tolist() == [*expected.tolist(), *[7] * (1005 - n)]
 
 
 def test_a_draw_that_equals_p_is_kept():

@@ -50,7 +50,8 @@ class Function:
     """True: inputs on the host that need no gradient go to the device where the others lie."""
 
     fused: ClassVar[type[Function] | None] = None
-    """The same operation for devices that run CUDA kernels, a subclass (`nn.fused`); None: it runs as it is."""
+    """The same operation for devices that run CUDA kernels, a subclass (`nn.fused`); None: it runs as it is. Not
+    inherited."""
 
     inputs: tuple[Any, ...] | None
     needs: list[bool]
@@ -103,8 +104,8 @@ class Function:
         if len(array_types) > 1:  # there are arrays of a device about
             if cls.moves:
                 xp = meet(arrays, needs)
-            if xp is not np and cls.fused is not None and hasattr(xp, "RawModule"):
-                cls = cls.fused
+            if xp is not np and hasattr(xp, "RawModule"):
+                cls = cls.__dict__.get("fused") or cls  # not inherited: what derives from it does something else
         fn = cls()
         fn.needs = needs if record else [False] * len(needs)
         fn.xp = xp

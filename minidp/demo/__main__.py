@@ -6,6 +6,8 @@ import logging
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +40,8 @@ def main(argv: list[str] | None = None, device: Device | None = None) -> int:
     args.device = device or args.device
     try:
         args.device.check()
-        return _run(args)
+        with _only_errors("minidp.launch", "minidp.sim"):  # the demo says itself what there is to say
+            return _run(args)
     except DeviceUnavailable as error:
         unavailable = error
     except minidp.RankFailed as failed:
@@ -62,10 +65,21 @@ def without_device(error: DeviceUnavailable, argv: list[str]) -> str:
     return f"minidp.demo: {words.replace('. ', '; ')}; on the processor it is: {shlex.join(rest)}"
 
 
+@contextmanager
+def _only_errors(*names: str) -> Iterator[None]:
+    """Within the block these loggers tell of errors only."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def _run(args: Namespace) -> int:
     console = Console()
-    logging.getLogger("minidp.launch").setLevel(logging.ERROR)  # the demo says itself what there is to say
-    logging.getLogger("minidp.sim").setLevel(logging.ERROR)
     job = Job(
         args.epochs,
         args.global_batch_size,

@@ -37,6 +37,7 @@ def live(endpoint: Endpoint, function: bytes, record: Path | None, device: Devic
     fn, args = pickle.loads(function)
     try:
         value = fn(comm, *args)
+        device.synchronize()
     finally:
         comm.close()
     say_goodbye(endpoint)

@@ -157,6 +157,7 @@ def _run(job: Job) -> tuple[str, Any]:
         function, args = pickle.loads(job.function)
         try:
             value = function(comm, *args)
+            device.synchronize()  # peers may wait for what this process has asked of it, and which ends with it
         finally:
             comm.close()
     try:

@@ -112,7 +112,8 @@ def _pool2d(
 def embedding(tokens: Any, weight: Any) -> Tensor:
     """Rows of `weight` (num_embeddings, dim) for integer `tokens` (...) → (..., dim).
 
-    Raises TypeError if the tokens are no integers, IndexError if one is outside 0 … num_embeddings − 1.
+    Raises TypeError if the tokens are no integers, IndexError if one is outside 0 … num_embeddings − 1. Tokens
+    that lie on a device are not looked at, which would wait for it: the row of a wrong one is NaN.
     """
     return _act.Embedding.apply(weight, tokens.data if isinstance(tokens, Tensor) else tokens)
 
@@ -157,7 +158,8 @@ def cross_entropy(logits: Any, labels: Any) -> Tensor:
 
     Classes come last, also where there are axes between, as for text (n, t, C). (PyTorch wants them second.)
     Raises TypeError if the labels are no integers, ValueError if one is outside 0 … C−1 or the shape is not that
-    of the logits without classes. Over n = 0 samples the loss is 0 and its gradient zero.
+    of the logits without classes. Over n = 0 samples the loss is 0 and its gradient zero. Labels that lie on a
+    device are not looked at, which would wait for it: with a wrong one the loss is NaN.
     """
     return _losses.CrossEntropy.apply(logits, labels)
 
