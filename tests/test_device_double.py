@@ -290,3 +290,10 @@ def test_files_take_device_arrays(tmp_path):
     to_device(model)
     nn.save_file(dict(model.named_parameters()), tmp_path / "m")
     assert np.array_equal(nn.load_file(tmp_path / "m")["weight"], model.weight.numpy())
+
+
+def test_the_first_array_of_its_kind_is_known(monkeypatch):
+    """As CuPy's are: nobody has registered them when a model moves there."""
+    monkeypatch.delitem(backend.array_types, DeviceArray)
+    model = nn.Linear(3, 2).to(device_double.DoubleDevice())
+    assert type(model(np.ones((1, 3), np.float32)).data) is DeviceArray

@@ -83,6 +83,7 @@ def asarray(x: Any, xp: Any, dtype: Any = None) -> Array:
         x = to_numpy(x)
     moved = xp.asarray(x, dtype=dtype)
     if xp is not np:
+        array_types.setdefault(type(moved), xp)  # this may be the first array of its kind
         count_move(to_device=moved.nbytes)
     return moved
 

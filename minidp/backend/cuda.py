@@ -6,6 +6,7 @@ CuPy is imported when a device is started, not before. Nothing here runs in a pr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -231,8 +232,15 @@ class Coming(Later):
         self._event = event
 
     def get(self) -> np.ndarray:
-        self._event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
         return self._host
+
+    def __del__(self) -> None:
+        # Nobody asked for it. Its memory must not serve others before the copy has ended.
+        with contextlib.suppress(Exception):
+            self.get()
 
 
 class SideStream(Beside):

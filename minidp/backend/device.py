@@ -122,7 +122,7 @@ class Device(ABC):
         return Later(np.array(to_numpy(x)))
 
     def put(self, x: Array, host: np.ndarray) -> None:
-        """Overwrite `x` by the array of the host, which may change afterwards."""
+        """Overwrite `x` by the array of the host, which may change afterwards unless it is page-locked."""
         x[...] = self.asarray(host)
 
 

@@ -54,12 +54,16 @@ class Lane:
         self._held.clear()
 
 
+_living: list[Any] = []
+"""NCCL's communicators of this process. What drops one waits for its peers: so none is, before it is closed."""
+
+
 class Nccl(Staged):
     """All-reduce, reduce-scatter, all-gather and broadcast by NCCL, on a stream beside the computation.
 
     Every call says on the host first what it is, as everywhere: whoever disagrees, or is dead, is found there, and
-    nobody enters NCCL in vain. With ``async_op`` the device goes on computing until the work is waited for, and
-    nothing waits on the host. Sums are in NCCL's order: equal to sums in order of rank to rounding, the same bits
+    nobody enters NCCL in vain. With ``async_op`` the device goes on computing until the work is waited for; no
+    host waits for a device. Sums are in NCCL's order: equal to sums in order of rank to rounding, the same bits
     on all ranks, and on every run with the same ranks and sizes. Half precision is summed in float32. The rest
     (``reduce``, ``all_to_all``, other dtypes, whatever names an ``algorithm``) goes through the host's memory.
 
@@ -89,6 +93,7 @@ class Nccl(Staged):
         for group in list(self._groups):
             group.close()
         if self._comm is not None:
+            _living.remove(self._comm)
             self._comm.abort()  # which, unlike destroy, waits for nobody: a peer may be dead
             self._comm = None
 
@@ -172,6 +177,7 @@ class Nccl(Staged):
             mine = self._nccl.get_unique_id() if self.host.rank == 0 else None
             secret = self.host.broadcast_object(mine, 0, "NCCL's meeting place")
             self._comm = self._nccl.NcclCommunicator(self.host.world_size, secret, self.host.rank)
+            _living.append(self._comm)
         return self._comm
 
     def _takes(self, x: Array) -> bool:

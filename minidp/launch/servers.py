@@ -33,12 +33,14 @@ def live(endpoint: Endpoint, function: bytes, record: Path | None, device: Devic
             with closing(Recorder(record, index)) as recorder:
                 serve(endpoint, observers=[recorder])
         return None
-    comm = on_device(comm, device)
+    placed = on_device(comm, device)
     fn, args = pickle.loads(function)
     try:
-        value = fn(comm, *args)
+        value = fn(placed, *args)
         device.synchronize()
-    finally:
-        comm.close()
+    except BaseException:
+        placed.close()
+        raise
+    comm.close()
     say_goodbye(endpoint)
     return value

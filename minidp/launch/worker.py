@@ -137,6 +137,8 @@ def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> Non
     send(message)
     report.close()
     log.close()
+    if message[0] == "returned" and not pickle.loads(job.device).on_host:
+        threading.Event().wait()  # what this process shares of its device ends with it: until the parent ends all
     # No atexit, no thread joined, no destructor: nothing of the user's can keep a finished worker alive.
     os._exit(0)
 
@@ -158,8 +160,10 @@ def _run(job: Job) -> tuple[str, Any]:
         try:
             value = function(comm, *args)
             device.synchronize()  # peers may wait for what this process has asked of it, and which ends with it
-        finally:
+        except BaseException:
             comm.close()
+            raise
+        everybody.close()  # but not the way between devices: peers may still be reading
     try:
         data = _packed(value, device)
     except Exception as error:

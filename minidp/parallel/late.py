@@ -163,7 +163,7 @@ class LateDataParallel(Late):
 
 class LateBucketedDataParallel(Late, BucketedDataParallel):
     """See ``BucketedDataParallel``, of which this is the form for devices: with NCCL buckets travel on a stream
-    beside backward, and nobody waits on the host; otherwise through the host's memory.
+    beside backward, and no host waits for a device (hosts meet once a bucket); else through the host's memory.
     """
 
     def _average_and_update(self, total: int) -> Trouble | None:
