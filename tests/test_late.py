@@ -208,8 +208,8 @@ def test_a_checkpoint_replaces_a_bad_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("double", DOUBLES)
-def test_a_killed_rank_is_noticed(double: str, tmp_path: Path) -> None:
-    logging.getLogger("minidp.launch").setLevel(logging.ERROR)
+def test_a_killed_rank_is_noticed(double: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "minidp.launch")
     for ranks, how, more in ((3, killed_in_forward, ()), (2, killed_at_a_random_moment, (0.02,))):
         place = str(tmp_path / how.__name__)
         error, noticed = failed(training, ranks, how, place, *more, device=DOUBLES[double](), progress=False)
