@@ -127,13 +127,11 @@ def test_bits_do_not_depend_on_the_order_of_threads(function, shapes, exact, dty
     assert len(bits) == 1
 
 
-@pytest.mark.parametrize(("function", "shapes", "exact"), TABLE)
-@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, -0.0])
-def test_what_is_not_finite_is_where_it_is_in_the_plain_operation(function, shapes, exact, special):
-    """At the first place, in the middle and at the last, of each input in turn."""
-    for k in range(len(shapes)):
+def assert_alike_beside(special, function, make):
+    """With that number at the first place, in the middle and at the last, of each array of ``make()`` in turn."""
+    for k in range(len(make())):
         for share in (0, 0.5, 1):
-            arrays = arrays_of(shapes, "float64")
+            arrays = make()
             arrays[k].ravel()[int(share * (arrays[k].size - 1))] = special
             with np.errstate(all="ignore"):
                 found, _ = both_ways(function, arrays, xp)
@@ -142,6 +140,12 @@ def test_what_is_not_finite_is_where_it_is_in_the_plain_operation(function, shap
                 assert np.array_equal(np.isnan(a), np.isnan(b))
                 assert np.array_equal(a[np.isinf(a)], b[np.isinf(a)])
                 assert np.array_equal(np.isinf(a), np.isinf(b))
+
+
+@pytest.mark.parametrize(("function", "shapes", "exact"), TABLE)
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, -0.0])
+def test_what_is_not_finite_is_where_it_is_in_the_plain_operation(function, shapes, exact, special):
+    assert_alike_beside(special, function, lambda: arrays_of(shapes, "float64"))
 
 
 LAUNCHED = {

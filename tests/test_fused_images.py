@@ -18,7 +18,7 @@ from minidp.nn.fused_batch_norm import Lying, channel_sums
 from tests import device_double, host_cuda
 from tests.device_double import DeviceArray, xp
 from tests.test_device_double import to_device
-from tests.test_fused import assert_close, both_ways, dtypes
+from tests.test_fused import assert_alike_beside, assert_close, both_ways, dtypes
 from tests.test_nn_images import SMALL
 
 pytestmark = pytest.mark.skipif(host_cuda.available() is not None, reason=str(host_cuda.available()))
@@ -163,18 +163,7 @@ def test_what_is_launched_and_nothing_else(name, monkeypatch):
 @pytest.mark.parametrize(("function", "shapes", "exact"), TABLE)
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_where_it_is_in_the_plain_operation(function, shapes, exact, special):
-    """At the first place, in the middle and at the last, of each input in turn."""
-    for k in range(len(shapes)):
-        for share in (0, 0.5, 1):
-            arrays = arrays_of(shapes, "float64")
-            arrays[k].ravel()[int(share * (arrays[k].size - 1))] = special
-            with np.errstate(all="ignore"):
-                found, _ = both_ways(function, arrays, xp)
-                expected, _ = both_ways(function, arrays, np)
-            for a, b in zip(found, expected, strict=True):
-                assert np.array_equal(np.isnan(a), np.isnan(b))
-                assert np.array_equal(a[np.isinf(a)], b[np.isinf(a)])
-                assert np.array_equal(np.isinf(a), np.isinf(b))
+    assert_alike_beside(special, function, lambda: arrays_of(shapes, "float64"))
 
 
 @pytest.mark.parametrize("pool", [F.max_pool2d, F.avg_pool2d])

@@ -61,7 +61,7 @@ class Ours(Contestant):
         from minidp.nn.functional import cross_entropy
 
         strategy = strategy_of(job, self.comm)
-        x, y = job.batch_of(self.rank)
+        x, y = (self.comm.device.asarray(array) for array in job.batch_of(self.rank))
 
         def step() -> Any:
             loss = strategy.forward_backward(x, y, cross_entropy)
