@@ -18,7 +18,6 @@ import numpy as np
 
 from minidp.backend import Array, to_numpy
 from minidp.comm.errors import in_words
-from minidp.nn.module import checked_state
 from minidp.optim import Optimizer
 from minidp.parallel import compressor_state
 from minidp.parallel.checkpoint_files import (
@@ -81,7 +80,7 @@ def save(
     def written() -> Path:
         if keep < 1:
             raise ValueError(f"keep={keep}: a folder holds at least the checkpoint that is being written")
-        arrays = {f"model.{name}": array for name, array in strategy.model.state_dict().items()}
+        arrays = {f"model.{name}": array for name, array in strategy.model_state().items()}
         arrays |= private_arrays if private else _flat(strategy.optimizer_state())
         arrays |= _flat(strategy.outer_state(), "outer.") | compressor_arrays
         facts = {
@@ -101,7 +100,10 @@ def save(
         }
         return write(folder, Content({name: _plain_bytes(name, a) for name, a in arrays.items()}, facts), keep)
 
-    path: Path = _at_rank_0(comm, written, "save")
+    try:
+        path: Path = _at_rank_0(comm, written, "save")
+    finally:
+        strategy.forget()
     return path
 
 
@@ -158,7 +160,7 @@ def _plain_bytes(name: str, array: Array) -> np.ndarray:
 def _of_model(arrays: Arrays, strategy: Stateful) -> Arrays:
     """Parameters and buffers; ValueError unless they have the names, shapes and dtypes of the model's."""
     model = {name.removeprefix("model."): array for name, array in arrays.items() if name.startswith("model.")}
-    values = checked_state(strategy.model, model)
+    values = strategy.checked_model(model)
     for name, value in values.items():
         if model[name].dtype != value.dtype.newbyteorder("="):
             raise ValueError(
@@ -273,13 +275,13 @@ def _check_rule(optimizer: Optimizer, facts: dict[str, Any], which: str) -> None
 def _of_slot(arrays: Arrays, slot: str, strategy: Stateful, facts: dict[str, Any]) -> Arrays:
     """One slot of an optimizer's state, by the names of parameters; ValueError if it is not as it should be."""
     found = {}
-    for segment in strategy.layout.segments:
-        array = arrays.get(f"{slot}.{segment.name}")
-        if array is None or array.shape != segment.shape:
-            shape = "no" if array is None else f"shape {array.shape} of"
+    for name, shape in strategy.shapes.items():
+        array = arrays.get(f"{slot}.{name}")
+        if array is None or array.shape != shape:
+            there = "no" if array is None else f"shape {array.shape} of"
             raise ValueError(
-                f"the checkpoint, of {facts['optimizer']}, has {shape} {slot} of {segment.name} {segment.shape}: "
+                f"the checkpoint, of {facts['optimizer']}, has {there} {slot} of {name} {shape}: "
                 "freeze the parameters that were frozen when it was saved, and no others"
             )
-        found[segment.name] = array
+        found[name] = array
     return found

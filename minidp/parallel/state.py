@@ -61,7 +61,7 @@ class Stateful(ABC):
         The optimizer's state and the number of updates stay. ValueError on all ranks if it does not fit.
         """
         self._check_not_released()
-        self._put(checked_state(self.model, self.group.broadcast_object(state, 0, "load_state_dict")), None)
+        self._put(self.checked_model(self.group.broadcast_object(state, 0, "load_state_dict")), None)
         self.discard()
 
     def save(
@@ -124,7 +124,23 @@ class Stateful(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> Mapping[str, StateDict]:
-        """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective."""
+        """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective; where
+        ranks hold parts of it, the whole as of the last ``consolidate``, on rank 0."""
+
+    # -- the whole model, as files have it; where a rank holds a part of it only, its strategy says otherwise --
+
+    def model_state(self) -> StateDict:
+        """What a file has of the model, after ``consolidate``. Not collective."""
+        return self.model.state_dict()
+
+    def checked_model(self, state: Mapping[str, Any]) -> StateDict:
+        """``state`` in the model's dtypes. ValueError unless it has the names and shapes of the whole model's."""
+        return checked_state(self.model, state)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all trainable parameters, by the first of their names: those of the optimizer's state."""
+        return {segment.name: segment.shape for segment in self.layout.segments}
 
     @property
     def group(self) -> Group:
@@ -151,7 +167,11 @@ class Stateful(ABC):
             self.compressor.load_state_dict(state)
 
     def consolidate(self) -> None:  # noqa: B027
-        """Make all ranks hold the same model, where they do not; ``save`` begins with it. Collective."""
+        """Make all ranks hold the same model, where they do not, and rank 0 have the whole of it and of the
+        optimizer's state; ``save`` begins with it. Collective."""
+
+    def forget(self) -> None:  # noqa: B027
+        """``save`` has ended: what ``consolidate`` has brought together takes no more room. Not collective."""
 
     def release(self) -> None:
         """Give the model parameters of its own again; it belongs to no strategy then. Not collective.
