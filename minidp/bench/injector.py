@@ -235,7 +235,8 @@ def _arm(strategy: Any, injector: Injector) -> None:
     strategy._reduce = passing("reduce", strategy._reduce)
     strategy._update = passing("update", strategy._update)
     strategy._slabs.flip = passing("flip", strategy._slabs.flip)
-    strategy._verify = passing("verify", strategy._verify)
+    if strategy._seals is not None:
+        strategy._seals.verify = passing("verify", strategy._seals.verify)
     first = next(iter(strategy.model.parameters()))
     first.register_post_accumulate_grad_hook(lambda parameter: injector.at("backward", parameter))
     if strategy.comm.rank == 0:  # who writes; this process is a worker, and ends with the run

@@ -168,7 +168,7 @@ class Embedding(Function):
 
     def forward(self, weight: Array, tokens: Array) -> Array:
         xp = self.xp
-        tokens = check_tokens(weight, tokens, xp)
+        tokens = check_tokens(weight.shape, tokens, xp)
         self.saved = tokens, weight.shape
         if xp is np:
             return weight.take(tokens, axis=0)
@@ -203,20 +203,21 @@ class Embedding(Function):
         return 2 * out.nbytes, 2 * out.nbytes + nbytes_of(inputs[0])
 
 
-def check_tokens(weight: Array, tokens: Any, xp: Any) -> Array:
-    """Return `tokens` as int64 beside the weight; raise an error if they are wrong, and the host can see it."""
+def check_tokens(shape: tuple[int, ...], tokens: Any, xp: Any) -> Array:
+    """Return `tokens` as int64 beside a weight of that shape; an error if they are wrong and the host sees it."""
+    count = shape[0]
     tokens = given = asarray(tokens, xp if find_module(tokens) is xp else np)
     if tokens.dtype.kind not in "iu" and tokens.size:  # of an empty list the dtype says nothing
-        raise TypeError(f"embedding: tokens must be integers in 0 … {len(weight) - 1}, not {tokens.dtype}")
+        raise TypeError(f"embedding: tokens must be integers in 0 … {count - 1}, not {tokens.dtype}")
     tokens = tokens.astype("int64", copy=False)
     if type(tokens) is not np.ndarray:
         return tokens
-    wrong = tokens.view("uint64") >= len(weight)  # a negative token, seen as unsigned, is larger than any
+    wrong = tokens.view("uint64") >= count  # a negative token, seen as unsigned, is larger than any
     if wrong.any():
         where = int(wrong.argmax())
         raise IndexError(
             f"embedding: token {given.ravel()[where]} at place {where} is outside "
-            f"0 … {len(weight) - 1}, the rows of a weight of shape {weight.shape}"
+            f"0 … {count - 1}, the rows of a weight of shape {tuple(shape)}"
         )
     return tokens if xp is np else asarray(tokens, xp)
 

@@ -22,7 +22,7 @@ class FusedEmbedding(Fused, Embedding):
     def launch(self, weight: Array, tokens: Array) -> Array:
         assert self.kernels is not None
         xp, (count, size) = self.xp, weight.shape
-        tokens = contiguous(check_tokens(weight, tokens, xp), "int64", xp)
+        tokens = contiguous(check_tokens(weight.shape, tokens, xp), "int64", xp)
         kept = xp.empty(tokens.size, dtype="int64")
         out = xp.empty((*tokens.shape, size), dtype=weight.dtype)
         weight = contiguous(weight, weight.dtype, xp)

@@ -70,12 +70,15 @@ class GPT(Module):
         self.initialize(seed)
 
     def forward(self, tokens: Any) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(tokens))))  # type: ignore[no-any-return]
+
+    def embed(self, tokens: Any) -> Tensor:
+        """What goes into the blocks: tokens (b, t) → (b, t, embed_dim)."""
         if not hasattr(tokens, "shape"):
             tokens = np.asarray(tokens)
         if len(tokens.shape) != 2 or tokens.shape[1] > self.context:
             raise ValueError(f"GPT: tokens must have shape (batch, at most {self.context}), not {tokens.shape}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
+        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]  # type: ignore[no-any-return]
 
     def generate(self, tokens: Any, count: int, temperature: float = 1.0, seed: int = 0) -> np.ndarray:
         """`tokens` (t,), at least one, and `count` more of the model's own: int64 (t + count,), on the host.

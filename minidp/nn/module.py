@@ -252,12 +252,12 @@ def _load(module: Module, state: Mapping[str, Any]) -> None:
     values = checked_state(module, state)
     for name, parameter in module.named_parameters():
         _check_writable(parameter, name)
-    targets = _targets(module)
+    targets = state_targets(module)
     for name, value in values.items():
         targets[name][...] = value
 
 
-def _targets(module: Module) -> dict[str, Array]:
+def state_targets(module: Module) -> dict[str, Array]:
     """The arrays behind the names of `state_dict`, tied ones under each name."""
     targets: dict[str, Array] = {}
     for name, parameter in module.all_named_parameters():
@@ -275,7 +275,11 @@ def _equal(a: Array, b: Array) -> bool:
 
 def checked_state(module: Module, state: Mapping[str, Any]) -> dict[str, Array]:
     """Return `state` as arrays of the module's dtypes; ValueError lists everything that does not fit."""
-    targets = _targets(module)
+    return fitted(state_targets(module), state)
+
+
+def fitted(targets: Mapping[str, Array], state: Mapping[str, Any]) -> dict[str, Array]:
+    """`checked_state` for what is described by arrays of its shapes and dtypes; names of one array are tied."""
     problems = [f"missing {name}" for name in targets if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in targets]
     values: dict[str, Array] = {}

@@ -45,6 +45,7 @@ class MultiHeadAttention(Module):
                 f"take one of {', '.join(str(h) for h in range(1, embed_dim + 1) if embed_dim % h == 0)} heads"
             )
         self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
+        self.width = embed_dim  # of the heads that are here, together: a tensor-parallel rank has some of them
         self.in_proj_weight = Parameter(np.zeros((3 * embed_dim, embed_dim), dtype=np.float32))
         self.in_proj_bias = Parameter(np.zeros(3 * embed_dim, dtype=np.float32)) if bias else None
         self.out_proj = Linear(embed_dim, embed_dim, bias)
@@ -71,18 +72,18 @@ class MultiHeadAttention(Module):
 
     def _in_parts(self, query: Any, key: Any, value: Any) -> Tensor:
         """The same, step by step: for other keys than one's own, and for dropout."""
-        e, heads = self.embed_dim, self.num_heads
+        width, heads = self.width, self.num_heads
         parts: list[Tensor] = []
         for i, x in enumerate((query, key, key if value is None else value)):
-            part = slice(i * e, (i + 1) * e)
+            part = slice(i * width, (i + 1) * width)
             bias = None if self.in_proj_bias is None else self.in_proj_bias[part]
             y = functional.linear(x, self.in_proj_weight[part], bias)
-            parts.append(y.reshape(*y.shape[:2], heads, e // heads).transpose(0, 2, 1, 3))
+            parts.append(y.reshape(*y.shape[:2], heads, width // heads).transpose(0, 2, 1, 3))
         drop = self.dropout if self.training and self.dropout.p else None
         q, k, v = parts
         y = functional.scaled_dot_product_attention(q, k, v, self.causal, drop)
         b, _, t, _ = y.shape
-        return self.out_proj(y.transpose(0, 2, 1, 3).reshape(b, t, e))  # type: ignore[no-any-return]
+        return self.out_proj(y.transpose(0, 2, 1, 3).reshape(b, t, width))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, causal={self.causal}"

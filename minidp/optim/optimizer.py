@@ -120,6 +120,15 @@ class Optimizer:
         rule._group_of, rule._states = {}, {}
         return rule
 
+    def only(self, parameters: Iterable[Parameter]) -> Self:
+        """The same rule for some of its parameters; groups keep their numbers, and some may be empty. No state."""
+        kept = {id(p) for p in parameters}
+        rule = self.without_parameters()
+        for group, own in zip(rule.groups, self.groups):
+            group["params"] = [p for p in own["params"] if id(p) in kept]
+        rule._group_of = {identity: group for identity, group in self._group_of.items() if identity in kept}
+        return rule
+
     def group_of(self, parameter: Parameter) -> int:
         """Return the index of the group that holds `parameter`; KeyError if none does."""
         try:

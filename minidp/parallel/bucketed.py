@@ -15,6 +15,7 @@ Bucket k is back at max(back_{k−1}, ready_k) + comm_k; only what backward coul
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from minidp import trace
 from minidp.autograd import Tensor
@@ -22,6 +23,7 @@ from minidp.comm import Communicator
 from minidp.comm.reduction import sum_dtype
 from minidp.comm.work import Work
 from minidp.nn import Layout, Parameter
+from minidp.parallel.blocks import Trouble
 from minidp.parallel.buckets import Bucket
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import NonFiniteGradient
@@ -66,16 +68,16 @@ class BucketedDataParallel(DataParallel):
         self._void: list[Work] = []  # those of a discarded step, and its count
         return slabs, [(0, self.layout.size)], [travels]
 
-    def backward(self, loss: Tensor, samples: int) -> None:
+    def backward(self, loss: Tensor, samples: int, gradient: Any = None) -> None:
         if self._backwards != self._most_backwards - 1:
-            super().backward(loss, samples)
+            super().backward(loss, samples, gradient)
             return
         self._missing = [set() for _ in self.buckets]
         for parameter, k in self._home.items():
             self._missing[k].add(parameter)
         removers = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._home]
         try:
-            super().backward(loss, samples)
+            super().backward(loss, samples, gradient)
         finally:
             for remove in removers:
                 remove()
@@ -142,10 +144,12 @@ class BucketedDataParallel(DataParallel):
         total = self._meet(samples)
         if total == 0:
             return
-        self._layers.gather(self.check_finite, self.updates)
+        self._gather_layers()
         with trace.span("update", "compute"):
-            trouble = self._average_and_update(total)
-        if trouble is not None:
+            self._average_and_update(total)
+
+    def _tell(self, trouble: Trouble | None) -> None:
+        if trouble is not None:  # all ranks see the same sum
             self._raise_found(trouble.element, trouble.value)
 
     def _meet(self, samples: int) -> int:
@@ -161,7 +165,7 @@ class BucketedDataParallel(DataParallel):
                 return total
 
     def _raise_found(self, element: int, value: float) -> None:
-        """All ranks see the same sum, so all come here: who brought it? Collective."""
+        """All ranks come here: who brought it? Collective."""
         mine = float(self._own[element])
         kind = [math.isfinite(mine), math.isnan(mine), mine > 0, True].index(True)
         kinds = self.comm.all_gather_int(kind, "step/not finite")

@@ -21,7 +21,7 @@ from minidp.comm import CollectiveMismatch, Communicator
 from minidp.comm.reduction import is_half, sum_dtype
 from minidp.compress import Compressor, Pruned, magnitude_masks, resolved
 from minidp.compress.compressor import State
-from minidp.parallel.blocks import first_not_finite, share_of_mean
+from minidp.parallel.blocks import Trouble, first_not_finite, share_of_mean
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.reducer import CommReducer
 from minidp.parallel.slabs import Flat, Slabs, private
@@ -73,10 +73,12 @@ class CompressedDataParallel(DataParallel):
     def _reduce_and_update(self, samples: int) -> None:
         own = self._own
         self.layout.zero_unwritten(own)
-        total = sum(self._all_finite(samples, own))
+        total = 0
+        with self._replica.one_verdict():
+            total = sum(self._all_finite(samples, own))
         if total == 0:
             return
-        self._layers.gather(self.check_finite, self.updates)
+        self._gather_layers()
         (mean,) = self._parts
         share_of_mean(own, total, mean)
         with trace.span("compress", "compute"):  # but for what the reducer waits
@@ -84,12 +86,15 @@ class CompressedDataParallel(DataParallel):
                 view[...] = self.compressor.exchange(view, name, self._reducer)
         # Halves can hold a mean of halves, but not all that compressors make of it.
         if is_half(own.dtype) and self.check_finite:
-            beyond = first_not_finite(mean.astype(own.dtype))
-            if beyond >= 0:
-                raise self._not_finite(beyond, -1, float(item(mean[beyond])))
+            with self._replica.one_verdict():
+                beyond = first_not_finite(mean.astype(own.dtype))
+                if beyond >= 0:
+                    raise self._not_finite(beyond, -1, float(item(mean[beyond])))
         with trace.span("update", "compute"):
-            trouble = self._average_and_update(1)
-        if trouble is not None:
+            self._average_and_update(1)
+
+    def _tell(self, trouble: Trouble | None) -> None:
+        if trouble is not None:  # all ranks see the same sum
             raise self._not_finite(trouble.element, -1, trouble.value)
 
     # -- pruning of the model --------------------------------------------------------------------------

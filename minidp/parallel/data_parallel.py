@@ -17,20 +17,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any, Self
-from zlib import crc32
 
 from minidp import trace
 from minidp.autograd import Tensor
-from minidp.backend import array_module, to_numpy
+from minidp.backend import array_module
 from minidp.comm import Communicator
 from minidp.compress import Compressor, resolved
 from minidp.nn import Module
 from minidp.optim import Optimizer
 from minidp.parallel.blocks import Block, Trouble, cut_blocks, divided, exact_scale, find_trouble, sum_in_order
 from minidp.parallel.buckets import make_buckets, pieces, slices
-from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
+from minidp.parallel.errors import CorruptGradient
 from minidp.parallel.micro_shards import Leaves, OneBlasThread, add_in_tree, check_model, leaves_of
 from minidp.parallel.norms import norm_on
+from minidp.parallel.replica import Replica, raise_first
+from minidp.parallel.seals import Seals
 from minidp.parallel.slabs import Flat, Slabs
 from minidp.parallel.strategy import StateDict, Strategy
 
@@ -58,6 +59,7 @@ class DataParallel(Strategy):
         checksum: raise CorruptGradient, on all ranks, if a rank's gradients have changed in shared memory after
             its backward. Costs two barriers more and reading all gradients on every rank, from a device by moving
             them to the host. Where they travel in messages there is nothing to check: what leaves is a copy.
+        replica: the ranks that share a replica with this one, where `HybridParallel` spreads it.
 
     Cost of a step, Ψ elements of s bytes: sent 2(N−1)/N Ψs a rank (its gradients that peers read, and its slice
     of w that they read), two barriers (one more with ``clip_norm``, and one with batch norm, whose statistics are
@@ -86,8 +88,10 @@ class DataParallel(Strategy):
         clip_norm: float | None = None,
         check_finite: bool = True,
         checksum: bool = False,
+        replica: Replica | None = None,
     ) -> None:
         self.bucket_cap_mb, self.micro_shards, self.checksum = bucket_cap_mb, micro_shards, checksum
+        self._replica = replica or Replica()
         self._blas: OneBlasThread | None = None
         leaves = 1 if micro_shards is None else leaves_of(micro_shards, comm.world_size)
         if micro_shards is not None:
@@ -99,7 +103,9 @@ class DataParallel(Strategy):
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite, leaves)
         self.buckets = make_buckets(self.layout, bucket_cap_mb)
         self._slabs, self._slices, self._parts = self._start(comm)
-        self._norm = norm_on(comm.device.xp, pieces(self.layout, 0, self.layout.size), self._slices)
+        of_norm = pieces(self.layout, 0, self.layout.size)
+        self._norm = norm_on(comm.device.xp, of_norm, self._slices)
+        self._replica.prepare(self.layout, of_norm, self._layers.gathers)
         # One gradient slab: what this rank adds up is the whole.
         self._alone = len(self._slabs.grads) == 1
         self._own = self._slabs.grads[0 if self._alone else self.comm.rank]
@@ -108,7 +114,7 @@ class DataParallel(Strategy):
         self._mine = sum(hi - lo for lo, hi in self._slices)  # elements
         self._hyper: list[dict[str, Any]] = []  # of each parameter group, in this step
         self._scale = 1.0
-        self._crc: int | None = None
+        self._seals = Seals(self.comm, self._slabs.grads, self._own) if checksum else None
         self._troubles: list[Trouble] = []  # of this rank's blocks, in this step
         self._tree: Leaves | None = None
         if leaves > 1:
@@ -144,6 +150,13 @@ class DataParallel(Strategy):
     def _options(self) -> tuple[Any, ...]:
         return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum, self._described)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's arrays: "parameters", "gradients", "optimizer" (its state), "communication" (what
+        is sent). In shared memory all of w and of the state is rank 0's, in two buffers."""
+        sent = [part for part in self._parts if all(part is not grad for grad in self._slabs.grads)]
+        own = self._slabs.memory(self.comm.rank if len(self._slabs.grads) > 1 else 0)
+        return own | {"communication": sum(part.nbytes for part in sent)}
+
     def release(self) -> None:
         super().release()
         if self._blas is not None:
@@ -153,14 +166,15 @@ class DataParallel(Strategy):
     # -- a step ----------------------------------------------------------------------------------------
 
     def _start_gradients(self) -> None:
-        self._crc = None
+        if self._seals is not None:
+            self._seals.begin()
         if self._tree is None:
             self.layout.clear_written()
         else:
             self._tree.begin()
 
-    def backward(self, loss: Tensor, samples: int) -> None:
-        super().backward(loss, samples)
+    def backward(self, loss: Tensor, samples: int, gradient: Any = None) -> None:
+        super().backward(loss, samples, gradient)
         last = self._backwards == self._most_backwards
         if self._tree is not None:
             if last:
@@ -168,15 +182,9 @@ class DataParallel(Strategy):
             else:
                 self._tree.next()
                 self._layers.at_leaf(self._tree.current)
-        if self.checksum and last:
-            self._seal()
-
-    def _seal(self) -> int:
-        """The checksum of this rank's gradients, taken when they are complete."""
-        if self._crc is None:
+        if self._seals is not None and last:
             self.layout.zero_unwritten(self._own)
-            self._crc = crc32(to_numpy(self._own).data)
-        return self._crc
+            self._seals.seal()
 
     def _check_backward(self) -> None:
         super()._check_backward()
@@ -200,48 +208,57 @@ class DataParallel(Strategy):
         if self._backwards < self._most_backwards:
             self._add_leaves()
         self.layout.zero_unwritten(self._own)
-        mine = self._seal() if self.checksum else 0
+        mine = 0 if self._seals is None else self._seals.seal()
         with trace.span("wait for gradients", "wait"):
             total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
-        if self.checksum:
-            self._verify(mine)
+        if self._seals is not None:
+            self._seals.verify(mine, self.updates)
         if total == 0:
             return
-        self._layers.gather(self.check_finite, self.updates)
+        self._gather_layers()
         with trace.span("reduce and update", "compute"):
-            trouble = self._average_and_update(total)
-        with trace.span("wait for parameters", "wait"):
-            # A committed step is one that no rank found fault with: 0 from everybody.
-            elements = comm.all_gather_int(0 if trouble is None else 1 + trouble.element, "step/parameters")
+            self._average_and_update(total)
         self._count_traffic()
-        if any(elements):
-            self._raise_non_finite(elements, trouble)
+        if not self._one_buffer:
+            with trace.span("wait for parameters", "wait"):
+                self._judge()
         self._slabs.flip()
 
-    def _verify(self, mine: int) -> None:
-        """See that every rank's gradients still have the checksum that it computed. Collective."""
-        sums = self.comm.all_gather_int(mine, "step/checksums")
-        slabs = map(to_numpy, self._slabs.grads)
-        wrong = [rank for rank, slab in enumerate(slabs) if crc32(slab.data) != sums[rank]]
-        found = self.comm.all_gather_int(wrong[0] if wrong else -1, "step/verified")
-        if max(found) >= 0:
-            raise CorruptGradient(min(rank for rank in found if rank >= 0), self.updates)
+    def _gather_layers(self) -> None:
+        """Everybody's statistics, before the update is committed. Collective, if there are any."""
+        if self._replica.gathers:
+            with self._replica.one_verdict():
+                self._layers.gather(self.check_finite, self.updates)
 
-    def _average_and_update(self, total: int) -> Trouble | None:
-        """∇L and w' of this rank's blocks; the first trouble in them, with which w' is void."""
+    @property
+    def _one_buffer(self) -> bool:
+        """Whether w is updated in place: then all gradients are looked at before any of it is written."""
+        return self._slabs.params[0] is self._slabs.params[1]
+
+    def _judge(self) -> None:
+        """NonFiniteGradient on all ranks, of all the replicas, if one has found something in a sum. Collective."""
+        with self._replica.one_verdict():
+            self._tell(min(self._troubles, default=None))
+
+    def _tell(self, trouble: Trouble | None) -> None:
+        """A committed step is one that no rank found fault with: 0 from everybody. Collective."""
+        elements = self.comm.all_gather_int(0 if trouble is None else 1 + trouble.element, "step/parameters")
+        if any(elements):
+            raise_first(self.comm, self.layout, elements, trouble, self.updates)
+
+    def _average_and_update(self, total: int) -> None:
+        """∇L and w' of this rank's blocks. With ``_troubles`` in them w' is void, if there are two buffers."""
         self._troubles.clear()
         self._scale = exact_scale(total, self.layout.dtype)
         self._hyper = [self.optimizer.hyper(group, self.updates) for group in range(len(self.optimizer.groups))]
         gradients: Iterable[Flat] = map(self._reduce, self._blocks, repeat(total))
-        if self._slabs.params[0] is self._slabs.params[1]:
-            gradients = list(gradients)  # one buffer: all is looked at before any of it is written
-            if self._troubles:
-                return min(self._troubles)
+        if self._one_buffer:
+            gradients = list(gradients)
+            self._judge()
         if self.clip_norm is not None:
             gradients = self._clipped(gradients, self.clip_norm)
         for block, gradient in zip(self._blocks, gradients):  # each while it is in the cache
             self._update(block, gradient)
-        return min(self._troubles, default=None)
 
     def _reduce(self, block: Block, total: int) -> Flat:
         """∇L = Σ n_i ∇L_i / Σ n_i on this block, in order of rank; half precision is summed in float32.
@@ -292,6 +309,7 @@ class DataParallel(Strategy):
         squares = self._norm.squares(mine)
         if not self._alone:
             self.comm.all_reduce(squares)  # each piece has one rank that is not zero there: exact
+        squares = self._replica.everybodys(squares)
         self._scale = 1.0
         scale = self._norm.clip_scale(squares, clip_norm, self.layout.dtype)
         clipped = [mine[block.lo : block.hi] for block in self._blocks]
@@ -304,10 +322,3 @@ class DataParallel(Strategy):
         peers = self.comm.world_size - 1
         each_way = (self.layout.size - self._mine + self._mine * peers) * self.layout.itemsize
         self._exchanged.add(each_way, each_way, 2 * peers)
-
-    def _raise_non_finite(self, elements: list[int], mine: Trouble | None) -> None:
-        """All ranks raise the same: the first element's trouble, told by the rank that found it."""
-        finder = min((element, rank) for rank, element in enumerate(elements) if element)[1]
-        trouble: Trouble = self.comm.broadcast_object(mine, finder)
-        (name, *_) = self.layout.names_at(trouble.element, trouble.element + 1)
-        raise NonFiniteGradient(name, trouble.rank, self.updates, trouble.value)

@@ -17,10 +17,14 @@ class NonFiniteGradient(FloatingPointError):
             "last good step: call strategy.discard() to go on without this batch, lower the learning rate, give "
             "clip_norm=, or turn the check off by check_finite=False"
         )
-        self.parameter, self.rank, self.step, self.value = parameter, rank, step, value
+        self.parameter, self.rank, self.step, self.value, self.what = parameter, rank, step, value, what
 
-    def __reduce__(self) -> tuple[type[NonFiniteGradient], tuple[str, int, int, float]]:
-        return type(self), (self.parameter, self.rank, self.step, self.value)
+    def __reduce__(self) -> tuple[type[NonFiniteGradient], tuple[str, int, int, float, str]]:
+        return type(self), (self.parameter, self.rank, self.step, self.value, self.what)
+
+    def at_rank(self, rank: int) -> NonFiniteGradient:
+        """The same, of a rank that is known by another number."""
+        return type(self)(self.parameter, rank, self.step, self.value, self.what)
 
 
 class CorruptGradient(RuntimeError):

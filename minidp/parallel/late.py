@@ -24,7 +24,7 @@ import numpy as np
 
 from minidp.backend import Array, sums
 from minidp.backend.device import Later
-from minidp.parallel.blocks import Block, Trouble
+from minidp.parallel.blocks import Block
 from minidp.parallel.bucketed import KINDS, BucketedDataParallel
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.errors import NonFiniteGradient
@@ -93,40 +93,44 @@ class Late(DataParallel):
         self._take_back("step/found")
         super()._reduce_and_update(samples)
 
-    def _average_and_update(self, total: int) -> Trouble | None:
-        trouble = super()._average_and_update(total)
+    def _average_and_update(self, total: int) -> None:
+        super()._average_and_update(total)
         if self.check_finite:
             self._found.send(self.comm.device)
-        return trouble
 
     def _take_back(self, what: str) -> None:
         """If a rank has found something in the step before, undo that step and raise. Collective."""
         if not self.check_finite:
             return
-        code = self._found.read()
-        told = self.comm.all_gather_int(code, what)
-        if not any(told):
-            return
-        self._slabs.flip()
-        self.updates -= 1
-        element, rest = divmod(min(filter(None, told)), 4096)
-        rank, kind = divmod(rest, 4)
-        (name, *_) = self.layout.names_at(element, element + 1)
-        raise NonFiniteGradient(name, -1 if rank == NOBODY else rank, self.updates, KINDS[kind])
+        try:
+            with self._replica.one_verdict():
+                self._raise_found_before(what)
+        except NonFiniteGradient:
+            self._slabs.flip()
+            self.updates -= 1
+            raise
+
+    def _raise_found_before(self, what: str) -> None:
+        told = self.comm.all_gather_int(self._found.read(), what)
+        if any(told):
+            element, rest = divmod(min(filter(None, told)), 4096)
+            rank, kind = divmod(rest, 4)
+            (name, *_) = self.layout.names_at(element, element + 1)
+            raise NonFiniteGradient(name, -1 if rank == NOBODY else rank, self.updates - 1, KINDS[kind])
 
     # -- who looks at the state is told before -------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
         """See ``Strategy.state_dict``. NonFiniteGradient on all ranks, once, if the last step was bad: it has been
         taken back then. Gradients of a step that has begun are of no use: call ``discard()``."""
-        self._tell("state_dict/found")
+        self._tell_before("state_dict/found")
         return super().state_dict()
 
     def consolidate(self) -> None:
-        self._tell("save/found")
+        self._tell_before("save/found")
         super().consolidate()
 
-    def _tell(self, what: str) -> None:
+    def _tell_before(self, what: str) -> None:
         try:
             self._take_back(what)
         except NonFiniteGradient as error:
@@ -166,10 +170,9 @@ class LateBucketedDataParallel(Late, BucketedDataParallel):
     beside backward, and no host waits for a device (hosts meet once a bucket); else through the host's memory.
     """
 
-    def _average_and_update(self, total: int) -> Trouble | None:
-        trouble = super()._average_and_update(total)
+    def _average_and_update(self, total: int) -> None:
+        super()._average_and_update(total)
         self._slabs.flip()
-        return trouble
 
     def _look(self, block: Block, summed: Flat) -> None:
         self._found.look(summed, [self._own[block.lo : block.hi]], self.comm.rank, block.lo)

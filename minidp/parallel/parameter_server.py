@@ -183,7 +183,7 @@ class ParameterServer(Strategy):
 
     # -- a step ------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor, samples: int) -> None:
+    def backward(self, loss: Tensor, samples: int, gradient: Any = None) -> None:
         super().backward(loss, samples)
         self._losses.append((self.comm.device.later(loss.data), samples))
 

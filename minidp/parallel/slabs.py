@@ -84,6 +84,16 @@ class Slabs:
         """Let backward write its gradients straight into this rank's slab."""
         self.layout.point_grads(self.layout.views(self.grads[rank]))
 
+    def memory(self, rank: int) -> dict[str, int]:
+        """Bytes that this rank has allocated of it: its gradients, and on rank 0 the buffers that there is one of."""
+        buffers = {id(b): b for b in self.params} if rank == 0 else {}
+        state = {id(b): b for pair in self.state.values() for b in pair} if rank == 0 else {}
+        return {
+            "parameters": sum(buffer.nbytes for buffer in buffers.values()),
+            "gradients": self.grads[rank].nbytes,
+            "optimizer": sum(buffer.nbytes for buffer in state.values()),
+        }
+
     def flip(self) -> None:
         """Commit: the other buffer is w from now on, and the model's parameters are read-only views of it."""
         self.current = 1 - self.current

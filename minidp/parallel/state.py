@@ -124,8 +124,8 @@ class Stateful(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> Mapping[str, StateDict]:
-        """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective; where
-        ranks hold parts of it, the whole as of the last ``consolidate``, on rank 0."""
+        """The optimizer's state by slot and parameter, of the last step; views where it lies. Not collective;
+        where ranks hold parts of it, the whole as of the last ``consolidate``, on rank 0."""
 
     # -- the whole model, as files have it; where a rank holds a part of it only, its strategy says otherwise --
 

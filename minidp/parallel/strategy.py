@@ -11,7 +11,7 @@ from weakref import ref
 import numpy as np
 
 from minidp import trace
-from minidp.autograd import Tensor
+from minidp.autograd import Tensor, no_grad
 from minidp.backend import array_module, asarray, item
 from minidp.comm import Communicator, Traffic
 from minidp.data.sharding import cut
@@ -139,8 +139,17 @@ class Strategy(Stateful):
         self.backward(loss, samples=len(x))
         return loss.detach()
 
-    def backward(self, loss: Tensor, samples: int) -> None:
+    def predict(self, x: Any) -> Tensor:
+        """The model's result for inputs ``x``, without a graph; in evaluation after ``model.eval()``."""
+        with no_grad():
+            result: Tensor = self.model(x)
+        return result
+
+    def backward(self, loss: Tensor, samples: int, gradient: Any = None) -> None:
         """Add n_i ∇L_i to this rank's gradients: ``loss`` is a mean over ``samples`` items (tokens, for text).
+
+        ``gradient`` is for pipelines: ``loss`` then is no loss but what was sent to the next stage, and this what
+        has come back, n_i ∂L_i/∂``loss``.
 
         May be called ``accumulation_steps`` times before ``step``. With 0 samples it adds zeros. With
         ``micro_shards=V`` each call is one micro-shard, V/N make a backward of this rank's batch: forward,
@@ -151,7 +160,10 @@ class Strategy(Stateful):
             raise ValueError(f"samples={samples!r}: the number of items that the loss is a mean over, 0 or more")
         try:
             with trace.span("backward", "compute"):
-                loss.backward(gradient=int(samples))
+                if gradient is None:
+                    loss.backward(gradient=int(samples))
+                elif loss.requires_grad:  # else nothing of this stage is learnt
+                    loss.backward(gradient)
         except BaseException as error:
             self._poison = error
             raise

@@ -1,0 +1,176 @@
+"""Rewriting a dense model so that a group of ranks holds its layers together.
+
+What is cut, of the modules of a model:
+
+    Sequential          two Linear with nothing but elementwise layers between: columns and rows; an Embedding;
+                        what it holds of the modules below. A Linear by itself stays whole: on every rank the same
+    TransformerBlock    heads of its attention, features inside its MLP
+    MultiHeadAttention  heads
+    GPT                 tokens' rows of the embedding, the blocks, and the head by columns, its parts joined
+
+All else is computed by every rank for itself, alike. `cut_layers` may be taught other modules::
+
+    @parallel.cut_layers.register
+    def _(module: MyModel, comm: Communicator) -> None:
+        module.up = parallel.ColumnParallelLinear.of(module.up, comm)
+        module.down = parallel.RowParallelLinear.of(module.down, comm)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import singledispatch
+from itertools import pairwise
+
+from minidp.comm import Communicator
+from minidp.nn import (
+    GELU,
+    GPT,
+    Dropout,
+    Embedding,
+    Linear,
+    Module,
+    MultiHeadAttention,
+    ReLU,
+    Sequential,
+    Tanh,
+    TransformerBlock,
+)
+from minidp.nn.layers import Identity
+from minidp.parallel.cuts import Cut
+from minidp.parallel.parallel_attention import ParallelAttention, PartDropout
+from minidp.parallel.parallel_embedding import VocabParallelEmbedding
+from minidp.parallel.tensor_parallel import (
+    ColumnParallelLinear,
+    ParallelModule,
+    RowParallelLinear,
+    check_parts,
+    put,
+)
+
+ELEMENTWISE = (ReLU, Tanh, GELU, Dropout, Identity)
+
+
+def parallelize(model: Module, comm: Communicator) -> dict[str, Cut]:
+    """Cut the layers of ``model`` over the ranks of ``comm``, in place. How each Parameter is cut, by its names.
+
+    Parameters stay the objects that they are, so that an optimizer built from them goes on. Not collective.
+
+    Raises ValueError, with the numbers that would fit, if heads or features do not divide, if there is nothing
+    that could be cut, or a cut Parameter is used by a layer that is not.
+    """
+    if comm.world_size == 1:
+        return {}
+    cut_layers(model, comm)
+    cuts = cuts_of(model)
+    if not cuts:
+        raise ValueError(
+            f"tp={comm.world_size}: this model has no layers that can be cut (a GPT, a TransformerBlock, or two "
+            "Linear in a Sequential with only activations between): take tp=1, or see parallel.cut_layers"
+        )
+    whole: dict[int, str] = {}
+    for name, parameter in model.all_named_parameters():
+        if name not in cuts:
+            whole[id(parameter)] = name
+    for name, parameter in model.all_named_parameters():
+        if name in cuts and id(parameter) in whole:
+            raise ValueError(
+                f"{name} would be cut, and is tied to {whole[id(parameter)]}, which would not: untie them, or "
+                "take tp=1"
+            )
+    return cuts
+
+
+def cuts_of(model: Module) -> dict[str, Cut]:
+    """How the Parameters of a model are cut, by all their names; those that are whole are left out."""
+    cuts = {}
+    for prefix, module in model._walk():
+        if isinstance(module, ParallelModule):
+            for name, _ in module._own_parameters():
+                if name in module.cuts:
+                    cuts[f"{prefix}.{name}" if prefix else name] = module.cuts[name]
+    return cuts
+
+
+@contextmanager
+def whole_or_not(model: Module) -> Iterator[None]:
+    """If the block, which rewrites the model, raises, the model is what it was before."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    values = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for parameter, data, grad in values:
+            parameter.data = data
+            parameter.grad = grad
+        raise
+
+
+@singledispatch
+def cut_layers(module: Module, comm: Communicator) -> None:
+    """Put parallel layers in place of the children of ``module`` that can be cut; of most there are none."""
+
+
+@cut_layers.register
+def _(module: Sequential, comm: Communicator) -> None:
+    if type(module).forward is not Sequential.forward:
+        return  # what it does with its layers is not known
+    often = Counter(id(child) for _, child in module._walk())
+    names = module._names
+    paired: set[int] = set()
+    for first, last in pairs(module):
+        column, row = module[first], module[last]
+        assert isinstance(column, Linear)
+        assert isinstance(row, Linear)
+        if often[id(column)] > 1 or often[id(row)] > 1:
+            continue  # a layer that is tied to another place stays whole there, and here
+        check_parts(f"layer {names[first]}, a Linear", "out_features", column.out_features, comm.world_size)
+        put(module, names[first], ColumnParallelLinear.of(column, comm))
+        for i in range(first + 1, last):
+            layer = module[i]
+            if isinstance(layer, Dropout):
+                put(module, names[i], PartDropout.of(layer, -1, column.out_features, comm))
+        put(module, names[last], RowParallelLinear.of(row, comm))
+        paired.update(range(first, last + 1))
+    for i, name in enumerate(names):
+        layer = module[i]
+        if i in paired or often[id(layer)] > 1:
+            continue
+        if isinstance(layer, Embedding):
+            put(module, name, VocabParallelEmbedding.of(layer, comm))
+        elif type(layer) is MultiHeadAttention:
+            put(module, name, ParallelAttention.of(layer, comm))
+        else:
+            cut_layers(layer, comm)
+
+
+@cut_layers.register
+def _(module: TransformerBlock, comm: Communicator) -> None:
+    inside = module.linear1.out_features
+    put(module, "self_attn", ParallelAttention.of(module.self_attn, comm))
+    put(module, "linear1", ColumnParallelLinear.of(module.linear1, comm))
+    put(module, "dropout", PartDropout.of(module.dropout, -1, inside, comm))
+    put(module, "linear2", RowParallelLinear.of(module.linear2, comm))
+
+
+@cut_layers.register
+def _(module: GPT, comm: Communicator) -> None:
+    put(module, "token_embedding", VocabParallelEmbedding.of(module.token_embedding, comm))
+    cut_layers(module.blocks, comm)
+    put(module, "head", ColumnParallelLinear.of(module.head, comm, gather_output=True))
+
+
+def pairs(layers: Sequential) -> list[tuple[int, int]]:
+    """(first, last) of each two Linear that can be cut together: elementwise layers alone lie between them."""
+    found: list[tuple[int, int]] = []
+    linear = [i for i, layer in enumerate(layers) if type(layer) is Linear]
+    for first, last in pairwise(linear):
+        between = [layers[i] for i in range(first + 1, last)]
+        if all(isinstance(layer, ELEMENTWISE) for layer in between) and (not found or found[-1][1] < first):
+            found.append((first, last))
+    return found
