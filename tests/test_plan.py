@@ -202,7 +202,7 @@ def test_help_explains_each_option(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert caught.value.code == 0
     out = capsys.readouterr().out
     asked = set(re.findall(r"--[a-z-]+", out.partition("options:")[0]))
-    assert len(asked) == 20
+    assert len(asked) == 30
     for option in asked:
         assert re.search(rf"^  {option}\b.*?[a-z]{{2}}", out, re.MULTILINE | re.DOTALL), option
     for words in (

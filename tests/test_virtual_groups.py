@@ -11,7 +11,7 @@ import pytest
 
 import minidp
 from minidp import backend
-from minidp.comm import ANY
+from minidp.comm import ANY, costs
 from minidp.sim import Cluster
 
 
@@ -184,3 +184,29 @@ def test_a_rank_holds_only_the_pieces_that_it_sends_or_receives() -> None:
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
+
+
+# --- which algorithm an all-reduce takes ---------------------------------------------------------------------
+
+
+def all_reduce_times(comm: Any, nbytes: int, algorithms: list[str | None]) -> list[float]:
+    times = []
+    for algorithm in algorithms:
+        x = np.zeros(nbytes, np.uint8)
+        comm.barrier()
+        start = comm.now()
+        comm.all_reduce(x, algorithm=algorithm)
+        comm.barrier()
+        times.append(comm.now() - start)
+    return times
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(2, 4), (4, 2), (3, 3), (8, 1), (1, 8)])
+@pytest.mark.parametrize("nbytes", [64, 20_000, 2_000_000])
+def test_none_of_the_algorithms_is_faster_than_the_default(nodes: int, ranks_per_node: int, nbytes: int) -> None:
+    cluster = Cluster(
+        nodes, ranks_per_node=ranks_per_node, latency_s=5e-6, local_latency_s=1e-6, bandwidth_bytes_per_s=1e9
+    )
+    algorithms = [None, *costs.ALL_REDUCE]
+    default, *named = run(all_reduce_times, nodes * ranks_per_node, nbytes, algorithms, cluster=cluster)[0]
+    assert default == pytest.approx(min(named), rel=1e-9)

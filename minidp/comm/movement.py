@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from minidp.comm.meeting import Meeting
 
 
+MOST_TRIED = 256  # ranks of a group: for each size that comes up, a few milliseconds
+
+
 class Movement(NamedTuple):
     """What moves in a collective: the schedule ``timed``, ``length`` elements of ``itemsize`` bytes."""
 
@@ -50,7 +53,11 @@ class Group:
         self.venue, self.ranks, self.name = venue, list(ranks), name
         self.size = len(self.ranks)
         cluster = venue.cluster
-        if len({cluster.node_of(rank) for rank in self.ranks}) == 1 and self.size > 1:
+        nodes = len({cluster.node_of(rank) for rank in self.ranks})
+        # Where some share a port, no formula tells what an algorithm takes: that depends on who sends to whom.
+        self._shares_ports = 1 < nodes < self.size <= MOST_TRIED
+        self._tried: dict[int, str] = {}
+        if nodes == 1 and self.size > 1:
             self.alpha, self.beta = cluster.local_latency_s, cluster.local_seconds_per_byte
         else:
             self.alpha, self.beta = cluster.latency_s, cluster.seconds_per_byte
@@ -61,8 +68,18 @@ class Group:
         self._routes: dict[Pattern, list[Stage]] = {}
 
     def fastest(self, nbytes: int) -> str:
-        """The all-reduce of the least cost for that many bytes, by the cost model."""
-        return costs.fastest(self.size, nbytes, self.alpha, self.beta, self.gamma)
+        """The all-reduce of the least cost for that many bytes: by the cost model, in which each rank has a port; of
+        ranks that share ports by trying each on these links, while nothing else is under way."""
+        if not self._shares_ports:
+            return costs.fastest(self.size, nbytes, self.alpha, self.beta, self.gamma)
+        found = self._tried.get(nbytes)
+        if found is None:
+            found = self._tried[nbytes] = min(costs.ALL_REDUCE, key=lambda name: self._try(name, nbytes))
+        return found
+
+    def _try(self, name: str, nbytes: int) -> float:
+        """Seconds that an all-reduce takes on idle links."""
+        return by_waves(self, np.zeros(len(self.venue.network.free)), Movement(name, 0, nbytes, 1), 0.0)
 
     # -- what a movement consists of ---------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from minidp.plan import mesh_options
 from minidp.plan.study import Job
 from minidp.sim import Cluster, FatTree
 
@@ -16,12 +17,17 @@ MOST_IN_A_RING = 2048  # 10 s; the time grows with the square, for messages hop 
 MOST_PARAMS = 1e15  # bytes are counted in int64
 MOST_LAYERS = 10_000
 PICTURES = (".png", ".svg", ".pdf")
+NEEDED = ("--params", "--flops-per-sample")  # unless --transformer describes the model
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options, ``args.job`` and ``args.cluster`` made of them. A bad one ends the program with status 2."""
+    """The options, ``args.job`` and ``args.cluster`` made of them. A bad one ends the program with status 2.
+
+    With --transformer there is no job: `args` has all that meshes need.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
+    mesh_options.check(parser, args, _given(argv))
     for option, path in (("--json", args.json), ("--plot", args.plot)):  # now, not when all is computed
         if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
             parser.error(f"{option} {path}: give a file in a folder that is there and may be written to")
@@ -29,21 +35,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PICTURES)}")
     if args.plot is not None and find_spec("matplotlib") is None:
         parser.error("--plot draws with matplotlib, which is missing: pip install matplotlib")
-    if args.layers > args.params:
+    if args.transformer is None:
+        missing = [option for option in NEEDED if getattr(args, option[2:].replace("-", "_")) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if args.params is not None and args.layers > args.params:
         parser.error(f"--layers {args.layers}: give at most one layer a parameter, {args.params:g} here")
     if args.topology != "fat_tree" and (args.leaf or args.oversubscription):
         parser.error("--leaf and --oversubscription describe a fat tree: give --topology fat_tree too")
     if args.topology == "ring" and args.ranks[-1] > MOST_IN_A_RING:
         parser.error(f"--topology ring: give at most {MOST_IN_A_RING:,} ranks, or another topology")
-    args.job = Job(
-        params=args.params,
-        flops_per_sample=args.flops_per_sample,
-        layers=args.layers,
-        batch=args.batch or 1,
-        global_batch=args.global_batch,
-        gradient_bytes=args.gradient_bytes,
-        bucket_mb=args.bucket_mb,
-    )
     leaf = args.leaf or 8
     tree = FatTree(leaf, args.oversubscription or 1)
     args.cluster = Cluster(
@@ -56,7 +57,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         topology=tree if args.topology == "fat_tree" else args.topology,
         jitter=args.jitter,
     )
+    if args.transformer is not None:
+        args.cluster = mesh_options.cluster_for(args, args.cluster)
+        return args
+    args.job = Job(
+        params=args.params,
+        flops_per_sample=args.flops_per_sample,
+        layers=args.layers,
+        batch=args.batch or 1,
+        global_batch=args.global_batch,
+        gradient_bytes=args.gradient_bytes,
+        bucket_mb=args.bucket_mb,
+    )
     return args
+
+
+def _given(argv: list[str] | None) -> set[str]:
+    """The names of the options that were given."""
+    parser = _parser()
+    nothing = parser.parse_args(argv)
+    parser.set_defaults(**dict.fromkeys(vars(nothing)))
+    return {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--params", type=params, required=True, metavar="N", help="parameters, as 7e9")
-    add("--flops-per-sample", type=positive, required=True, metavar="F", help="forward and backward, as 4.2e13")
+    add("--params", type=params, metavar="N", help="parameters, as 7e9")
+    add("--flops-per-sample", type=positive, metavar="F", help="forward and backward, as 4.2e13")
     add("--layers", type=layers, default=32, metavar="N", help="of equal size (default: %(default)s)")
     add(
         "--gradient-bytes",
@@ -115,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="spread of computing times, as 0.1; then 20 steps are averaged",
     )
+    mesh_options.add_options(parser, count, positive, not_negative)
     add = parser.add_argument_group("output").add_argument
     add(
         "--worth",

@@ -28,9 +28,8 @@ def introduce(console: Console, job: Job, cluster: Cluster) -> None:
     jitter = f"; times spread by {cluster.jitter:g}, 20 steps averaged" if cluster.jitter else ""
     layer_mb = job.layer_params * job.gradient_bytes / 2**20
     buckets = f"a layer, {rounded(layer_mb)}" if layer_mb >= job.bucket_mb else f"at most {job.bucket_mb:g}"
-    network = f"α = {seconds(cluster.latency_s)}, 1/β = {quantity(cluster.bandwidth_bytes_per_s)}B/s a node"
     console.print("[bold]minidp[/]: a step of synchronous data parallelism, on a virtual clock\n")
-    _facts(
+    print_facts(
         console,
         {
             "model": f"{number(job.params)} parameters, {plural(job.layers, 'layer')}, "
@@ -38,7 +37,7 @@ def introduce(console: Console, job: Job, cluster: Cluster) -> None:
             "work": f"{work(job)}: {job.scaling} scaling",
             "sends": f"gradients of {plural(job.gradient_bytes, 'byte')} an element, in buckets of {buckets} MB",
             "ranks": f"{quantity(cluster.flops)}FLOP/s each{memory}{per_node}{jitter}",
-            "network": f"{network}, {_wiring(cluster.topology)}",
+            "network": network(cluster),
         },
     )
 
@@ -48,6 +47,12 @@ def work(job: Job) -> str:
     if job.global_batch is not None:
         return f"{plural(job.global_batch, 'sample')} a step, shared equally"
     return f"{plural(job.batch, 'sample')} a rank and step"
+
+
+def network(cluster: Cluster) -> str:
+    """Between nodes, in words."""
+    ports = f"α = {seconds(cluster.latency_s)}, 1/β = {quantity(cluster.bandwidth_bytes_per_s)}B/s a node"
+    return f"{ports}, {_wiring(cluster.topology)}"
 
 
 def _wiring(topology: str | Topology) -> str:
@@ -79,7 +84,7 @@ def show(console: Console, points: Sequence[Point], worth: float) -> None:
     console.print()
     if len(points) > 1:
         console.print(verdict(points, worth) + "\n")
-    _facts(console, {name: text for name, text in _LEGEND.items() if name != "gain" or len(points) > 1})
+    print_facts(console, {name: text for name, text in _LEGEND.items() if name != "gain" or len(points) > 1})
 
 
 def verdict(points: Sequence[Point], worth: float) -> str:
@@ -97,12 +102,14 @@ def verdict(points: Sequence[Point], worth: float) -> str:
     return f"{pays} {more} times the ranks give {times} times the samples a second."
 
 
-def _facts(console: Console, facts: dict[str, str]) -> None:
+def print_facts(console: Console, facts: dict[str, str], end: bool = True) -> None:
+    """Names, and what each is, in lines that fit; with an empty one at the ``end``."""
     indent = max(map(len, facts)) + 4
     for name, text in facts.items():
         lines = textwrap.wrap(text, max(20, console.width - indent))
         console.print(f"  {name}".ljust(indent) + ("\n" + " " * indent).join(lines), markup=False)
-    console.print()
+    if end:
+        console.print()
 
 
 # --- numbers ----------------------------------------------------------------------------------------------
