@@ -18,6 +18,7 @@ from minidp.bench import (
     device_memory,
     fault_report,
     faults,
+    hybrid,
     micro_shards,
     pace,
     ps,
@@ -55,6 +56,7 @@ BENCHES = {
     "scaling": "2 workers against 1; PyTorch DDP, PyTorch + MPICH (2 minutes)",
     "startup": "import minidp over import numpy; a spawn until its function runs (20 s)",
     "micro-shards": "what the same bits for any N cost, next to one whole batch (1 minute)",
+    "hybrid": "one batch on 2 workers: as samples, parts of layers, layers; sharded state (2 minutes)",
     "ps": "the parameter server: its exchange, ours and a Ray actor's; what waiting costs (2 minutes)",
     "compress": "gradients made smaller: how fast, how much, on which networks it pays (3 minutes)",
     "faults": "what goes wrong on purpose: who is told, how soon, what is left (1 minute for 200)",
@@ -119,6 +121,7 @@ def _run(options: argparse.Namespace, rounds: Rounds, screen: Screen) -> Report 
     rooms = {
         "step": step,
         "scaling": scaling,
+        "hybrid": hybrid,
         "startup": startup,
         "micro-shards": micro_shards,
         "whereabouts": whereabouts,

@@ -19,7 +19,7 @@ class Entrant:
         name: in tables and messages.
         short: in ratios.
         key: in JSON files; also names its socket.
-        module: of ``minidp.bench.peers``.
+        module: of ``minidp.bench.peers``; after a colon, which way of several it is to go.
         world_size: ranks.
         packages: distributions that it needs.
         install: the command that brings them.
@@ -67,6 +67,13 @@ _MPI = "python -m pip install mpi4py mpich"
 
 OURS_1 = Entrant("minidp ×1", "ours", "ours_1", "ours", 1, launch="one")
 OURS_2 = Entrant("minidp ×2", "ours", "ours", "ours", 2, launch="one")
+ALONE = Entrant("one worker", "one", "alone", "ways:alone", 1, launch="one")
+BY_DATA = Entrant("DataParallel", "data", "data", "ways:data", 2, launch="one")
+BY_DP = Entrant("mesh dp=2", "dp", "dp", "ways:dp", 2, launch="one")
+BY_TP = Entrant("mesh tp=2", "tp", "tp", "ways:tp", 2, launch="one")
+BY_PP = Entrant("mesh pp=2", "pp", "pp", "ways:pp", 2, launch="one")
+SHARDED_1 = Entrant("sharded, stage 1", "stage 1", "sharded_1", "ways:sharded_1", 2, launch="one")
+SHARDED_2 = Entrant("sharded, stage 2", "stage 2", "sharded_2", "ways:sharded_2", 2, launch="one")
 PS_SYNC = Entrant("minidp s=0", "ours", "ours_sync", "ps", 1, launch="one")
 PS_ASYNC = Entrant("minidp s=None", "ours", "ours", "ps_async", 1, launch="one")
 SLAB = Entrant("minidp slab", "slab", "slab", "slab", 2, launch="one")

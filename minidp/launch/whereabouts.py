@@ -31,6 +31,7 @@ _HOME = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARY = os.path.dirname(threading.__file__) + os.sep
 _PHASES = {
     ("minidp.parallel.strategy", "Strategy._forward_backward"): "forward",
+    ("minidp.parallel.pipeline", "Pipeline._through"): "forward",
     ("minidp.parallel.strategy", "Strategy.backward"): "backward",
     ("minidp.parallel.strategy", "Strategy.step"): "step",
     ("minidp.parallel.data_parallel", "DataParallel._average_and_update"): "reduce and update",

@@ -36,6 +36,16 @@ def check_alone(model: Module, label: str) -> None:
             )
 
 
+def check_norms(model: Module, ranks: int) -> None:
+    """On a mesh the whole batch is that of the ranks along dp."""
+    for name, module in model.named_modules():
+        if isinstance(module, SyncBatchNorm) and module.world_size != ranks:
+            raise ValueError(
+                f"{name} is a SyncBatchNorm over {module.world_size} ranks, and there are {ranks} along dp: build it "
+                "with comm=mesh.data"
+            )
+
+
 def check_numbers(model: Module, device: Device) -> None:
     """What lies on a device are numbers of its own kinds."""
     for name, parameter in model.named_parameters():

@@ -54,7 +54,7 @@ class _CopyToRanks(Function):
         return x
 
     def backward(self, grad: Array) -> Any:
-        return _summed(grad, self.saved, self.xp, "∂X = Σ ∂X_i")
+        return _summed(grad, self.saved, "∂X = Σ ∂X_i")
 
     def flops(self, out: Any, *inputs: Any) -> tuple[float, float]:
         return 0.0, 0.0
@@ -65,7 +65,7 @@ class _CopyToRanks(Function):
 
 class _SumOverRanks(Function):
     def forward(self, x: Array, comm: Communicator) -> Array:
-        return _summed(x, comm, self.xp, "Y = Σ Y_i")
+        return _summed(x, comm, "Y = Σ Y_i")
 
     def backward(self, grad: Array) -> Any:
         return grad
@@ -105,11 +105,11 @@ class _JoinRanks(Function):
         return 2.0 * (own + out.nbytes), 2.0 * own
 
 
-def _summed(x: Array, comm: Communicator, xp: Any, name: str) -> Array:
+def _summed(x: Array, comm: Communicator, name: str) -> Array:
     """The sum over ranks, in a new array: ``x`` may belong to others."""
     if comm.world_size == 1:
         return x
-    total = xp.array(x, order="C")
+    total: Array = x.copy()  # contiguous
     with trace.span(name, "communication"):
         comm.all_reduce(total)
     return total

@@ -108,6 +108,8 @@ class DataParallel(Strategy):
         self._replica.prepare(self.layout, of_norm, self._layers.gathers)
         # One gradient slab: what this rank adds up is the whole.
         self._alone = len(self._slabs.grads) == 1
+        # Whether w is updated in place: then all gradients are looked at before any of it is written.
+        self._one_buffer = self._slabs.params[0] is self._slabs.params[1]
         self._own = self._slabs.grads[0 if self._alone else self.comm.rank]
         upper = 0 if micro_shards is None else len(self._parts).bit_length() - 2
         self._blocks = cut_blocks(self.layout, self.optimizer, self._slabs, self._slices, self._parts, upper)
@@ -151,11 +153,10 @@ class DataParallel(Strategy):
         return (*super()._options(), self.bucket_cap_mb, self.micro_shards, self.checksum, self._described)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this rank's arrays: "parameters", "gradients", "optimizer" (its state), "communication" (what
-        is sent). In shared memory all of w and of the state is rank 0's, in two buffers."""
-        sent = [part for part in self._parts if all(part is not grad for grad in self._slabs.grads)]
-        own = self._slabs.memory(self.comm.rank if len(self._slabs.grads) > 1 else 0)
-        return own | {"communication": sum(part.nbytes for part in sent)}
+        """Bytes of this rank's arrays: see `Slabs.memory`; and of those that gradients travel in."""
+        travel = [part for part in self._parts if all(part is not grad for grad in self._slabs.grads)]
+        own = self._slabs.memory(0 if self._alone else self.comm.rank)
+        return own | {"communication": sum(part.nbytes for part in travel)}
 
     def release(self) -> None:
         super().release()
@@ -204,13 +205,12 @@ class DataParallel(Strategy):
             self._tree.show()
 
     def _reduce_and_update(self, samples: int) -> None:
-        comm = self.comm
         if self._backwards < self._most_backwards:
             self._add_leaves()
         self.layout.zero_unwritten(self._own)
         mine = 0 if self._seals is None else self._seals.seal()
         with trace.span("wait for gradients", "wait"):
-            total = sum(comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
+            total = sum(self.comm.all_gather_int(samples, "step/gradients"))  # Σ n_i
         if self._seals is not None:
             self._seals.verify(mine, self.updates)
         if total == 0:
@@ -229,11 +229,6 @@ class DataParallel(Strategy):
         if self._replica.gathers:
             with self._replica.one_verdict():
                 self._layers.gather(self.check_finite, self.updates)
-
-    @property
-    def _one_buffer(self) -> bool:
-        """Whether w is updated in place: then all gradients are looked at before any of it is written."""
-        return self._slabs.params[0] is self._slabs.params[1]
 
     def _judge(self) -> None:
         """NonFiniteGradient on all ranks, of all the replicas, if one has found something in a sum. Collective."""

@@ -20,7 +20,7 @@ from minidp.compress import Compressor
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
 from minidp.parallel import pipeline_schedules
-from minidp.parallel.agreement import agree, check_free, check_parameters, describe
+from minidp.parallel.agreement import agree, check_free, check_norms, check_parameters, describe
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.mesh import Mesh
 from minidp.parallel.micro_batches import MicroBatches
@@ -55,8 +55,9 @@ class HybridParallel(Stateful):
 
     Guarantees: the model trained is rank 0's, the same as `DataParallel` would train on dp ranks with as many
     accumulation steps as micro-batches, to rounding (sums over tp ranks are in another order), dropout included;
-    with tp=1 to the bit. Parameters that are not cut are the same on all tp ranks, bit for bit. `state_dict`,
-    ``save`` and ``load`` are of the whole model: a checkpoint fits any mesh, and any other strategy.
+    with tp=1 to the bit, unless a norm is clipped. Parameters that are not cut are the same on all tp ranks, bit for
+    bit. `state_dict`, ``save`` and ``load`` are of the whole model: a checkpoint fits any mesh, and any other
+    strategy.
 
     An exception in forward or backward on one rank ends the run, since the others of its replica wait for it; a
     NonFiniteGradient is raised on all ranks, and `discard` lets them go on.
@@ -95,6 +96,7 @@ class HybridParallel(Stateful):
         self.comm = mesh.world.duplicate(self.label)
         check_free(model)
         check_parameters(model, optimizer)
+        check_norms(model, mesh.dp)
         dense = Layout(model)
         agree(self.comm, (dense.describe(), repr(model), describe(optimizer, dense), *self._options()), self.label)
         self._same_everywhere()

@@ -20,7 +20,7 @@ import numpy as np
 
 from minidp import trace
 from minidp.autograd import Tensor, no_grad
-from minidp.backend import Array
+from minidp.backend import Array, array_types
 from minidp.comm import Communicator
 from minidp.comm.work import Work
 from minidp.parallel.pipeline_schedules import PipelineSchedule
@@ -115,9 +115,8 @@ class Pipeline:
 
     def _told(self, total: Any) -> Any:
         """What the last stage has added up, on every stage: a 0-d array."""
-        if self.stages == 1:
-            return total
-        return self._from_last(np.asarray(total) if isinstance(total, float) else total)
+        array = total if type(total) in array_types else np.asarray(total)  # NumPy makes scalars of sums
+        return array if self.stages == 1 else self._from_last(array)
 
     # -- messages --------------------------------------------------------------------------------------
 

@@ -37,6 +37,11 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(num_features, eps, momentum)
         self._ranks: _Ranks | None = _Ranks(comm.duplicate("SyncBatchNorm"))
 
+    @property
+    def world_size(self) -> int:
+        """Over how many ranks; of a copy 0."""
+        return 0 if self._ranks is None else self._ranks.world_size
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy can evaluate; it belongs to no ranks with which it could train."""
         return {**super().__getstate__(), "_ranks": None}
@@ -83,7 +88,7 @@ class _Ranks:
     """See `Pool`. Sums are in float64 and in order of rank."""
 
     def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
+        self._comm, self.world_size = comm, comm.world_size
 
     def moments(self, count: int, mean: Array, var: Array) -> tuple[int, Array, Array]:
         xp, mine = array_module(mean), as_row(count, mean, var)

@@ -1,4 +1,4 @@
-"""``python -m minidp.bench.peers NAME SOCKET WORLD_SIZE [RANK]``: a contestant's process, started by the bench."""
+"""``python -m minidp.bench.peers NAME[:WAY] SOCKET WORLD_SIZE [RANK]``: a process that the bench has started."""
 
 from __future__ import annotations
 
@@ -7,4 +7,6 @@ from importlib import import_module
 
 if __name__ == "__main__":
     name, socket, world_size, *rank = sys.argv[1:]
-    import_module(f"minidp.bench.peers.{name}").main(socket, int(world_size), *map(int, rank))
+    module, _, way = name.partition(":")
+    ways = {"way": way} if way else {}
+    import_module(f"minidp.bench.peers.{module}").main(socket, int(world_size), *map(int, rank), **ways)
