@@ -164,6 +164,7 @@ COMPRESSED += [Case("DataParallel", "float16", compress="topk:0.3", rule="adamw"
 OTHERS = [
     Case("NaiveDataParallel", "normed", clip_norm=0.3),
     Case("NaiveDataParallel", "float16", rule="adamw"),
+    *(Case("ShardedDataParallel", m, stage=s, clip_norm=0.3) for m in ("normed", "float16") for s in (1, 2)),
     Case("LocalSGD", "normed", sync_every=2),
     Case("LocalSGD", "float16", sync_every=2, clip_norm=0.3),
     Case("LocalSGD", "gpt", rule="adamw", sync_every=2, outer=True, accumulation_steps=2),

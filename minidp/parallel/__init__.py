@@ -6,6 +6,7 @@ from minidp.parallel.checkpoint_files import DamagedCheckpoint
 from minidp.parallel.conjugate import copy_to_ranks, join_ranks, sum_over_ranks
 from minidp.parallel.data_parallel import DataParallel
 from minidp.parallel.delay import DelayCompensation
+from minidp.parallel.departures import StepLost
 from minidp.parallel.errors import CorruptGradient, NonFiniteGradient
 from minidp.parallel.hogwild import Hogwild
 from minidp.parallel.hybrid import HybridParallel
@@ -41,6 +42,7 @@ __all__ = [
     "ParameterServer",
     "RowParallelLinear",
     "ShardedDataParallel",
+    "StepLost",
     "Strategy",
     "SyncBatchNorm",
     "Unit",

@@ -85,7 +85,7 @@ class Slabs:
         self.layout.point_grads(self.layout.views(self.grads[rank]))
 
     def memory(self, rank: int) -> dict[str, int]:
-        """Bytes that this rank has allocated of it: its gradients, and on rank 0 the buffers that there is one of."""
+        """Bytes that this rank has allocated of it: its gradients, and rank 0 also what all have together."""
         buffers = {id(b): b for b in self.params} if rank == 0 else {}
         state = {id(b): b for pair in self.state.values() for b in pair} if rank == 0 else {}
         return {
