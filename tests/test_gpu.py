@@ -183,6 +183,35 @@ def train_without_dropout(comm: Any, steps: int, options: dict[str, Any]) -> Any
         nn.Dropout.forward = original  # type: ignore[method-assign]
 
 
+def train_spread(comm: Any, mesh: dict[str, int] | None, stage: int) -> dict[str, np.ndarray]:
+    """A GPT after some steps, spread over a mesh, or with its state sharded."""
+    model = nn.GPT(29, context=8, embed_dim=32, num_heads=4, num_layers=4)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    strategy: Any
+    if mesh is None:
+        strategy = parallel.ShardedDataParallel(model, optimizer, comm, stage=stage, clip_norm=1.0)
+    else:
+        strategy = parallel.HybridParallel(model, optimizer, parallel.Mesh(comm, **mesh), clip_norm=1.0)
+    index, count = strategy.shard
+    for batch in np.random.default_rng(0).integers(0, 29, (5, 16, 9)):
+        mine = batch[index * 16 // count : (index + 1) * 16 // count]
+        strategy.forward_backward(mine[:, :-1], mine[:, 1:], F.cross_entropy)
+        strategy.step()
+    return strategy.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "stage"),
+    [({"tp": 2}, 0), ({"pp": 2}, 0), ({"dp": 2}, 0), ({"tp": 2, "pp": 2}, 0), (None, 1), (None, 2)],
+    ids=str,
+)
+def test_a_model_spread_over_ranks_on_a_gpu_equals_one_on_the_cpu(mesh: dict[str, int] | None, stage: int) -> None:
+    (expected,) = minidp.spawn(train_spread, 1, {}, 0, progress=False)
+    n = int(np.prod(list(mesh.values()))) if mesh else 2
+    for found in minidp.spawn(train_spread, n, mesh, stage, device=ONE, timeout_s=60, progress=False):
+        assert all(close(found[name], array, 1e-4) for name, array in expected.items())
+
+
 def bad_then_good(comm: Any) -> tuple[str, bool]:
     model = nn.Linear(8, 3)
     strategy = parallel.DataParallel(model, optim.SGD(model.parameters(), lr=0.1), comm)

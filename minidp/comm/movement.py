@@ -68,8 +68,8 @@ class Group:
         self._routes: dict[Pattern, list[Stage]] = {}
 
     def fastest(self, nbytes: int) -> str:
-        """The all-reduce of the least cost for that many bytes: by the cost model, in which each rank has a port; of
-        ranks that share ports by trying each on these links, while nothing else is under way."""
+        """The all-reduce of the least cost for that many bytes: by the cost model, in which each rank has a port;
+        of ranks that share ports by trying each on these links, while nothing else is under way."""
         if not self._shares_ports:
             return costs.fastest(self.size, nbytes, self.alpha, self.beta, self.gamma)
         found = self._tried.get(nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from numbers import Real
@@ -121,11 +122,12 @@ class Optimizer:
         return rule
 
     def only(self, parameters: Iterable[Parameter]) -> Self:
-        """The same rule for some of its parameters; groups keep their numbers, and some may be empty. No state."""
+        """The same rule for some of its parameters, without state. Groups keep their numbers, and some may be
+        empty; their hyperparameters stay those of this one's groups, also if they are changed."""
         kept = {id(p) for p in parameters}
         rule = self.without_parameters()
-        for group, own in zip(rule.groups, self.groups):
-            group["params"] = [p for p in own["params"] if id(p) in kept]
+        mine = ({"params": [p for p in own["params"] if id(p) in kept]} for own in self.groups)
+        rule.groups = [ChainMap(some, own) for some, own in zip(mine, self.groups)]  # type: ignore[misc]
         rule._group_of = {identity: group for identity, group in self._group_of.items() if identity in kept}
         return rule
 

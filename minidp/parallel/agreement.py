@@ -41,8 +41,8 @@ def check_norms(model: Module, ranks: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SyncBatchNorm) and module.world_size != ranks:
             raise ValueError(
-                f"{name} is a SyncBatchNorm over {module.world_size} ranks, and there are {ranks} along dp: build it "
-                "with comm=mesh.data"
+                f"{name} is a SyncBatchNorm over {module.world_size} ranks, and there are {ranks} along dp: build "
+                "it with comm=mesh.data"
             )
 
 

@@ -85,11 +85,10 @@ class CompressedDataParallel(DataParallel):
             for name, view in self._views:
                 view[...] = self.compressor.exchange(view, name, self._reducer)
         # Halves can hold a mean of halves, but not all that compressors make of it.
-        if is_half(own.dtype) and self.check_finite:
-            with self._replica.one_verdict():
-                beyond = first_not_finite(mean.astype(own.dtype))
-                if beyond >= 0:
-                    raise self._not_finite(beyond, -1, float(item(mean[beyond])))
+        with self._replica.one_verdict():
+            beyond = first_not_finite(mean.astype(own.dtype)) if is_half(own.dtype) and self.check_finite else -1
+            if beyond >= 0:
+                raise self._not_finite(beyond, -1, float(item(mean[beyond])))
         with trace.span("update", "compute"):
             self._average_and_update(1)
 

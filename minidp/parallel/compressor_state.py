@@ -49,9 +49,21 @@ def of_compressor(arrays: Mapping[str, np.ndarray], strategy: Stateful, facts: d
             f"is compress={here!r} on {ranks}{cut[1]}: load it by the same, or give its parameters alone, "
             "model.<name> of nn.load_file(…), to strategy.load_state_dict"
         )
+    if strategy.cut_by != facts["cut_by"]:
+        return _counters(arrays) if fits else {}
     prefix = f"compress@{rank if ranks == facts['ranks'] else 0}."
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     return own if fits else {name: a for name, a in own.items() if name.startswith(("mask/", "shape/"))}
+
+
+def _counters(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """What ranks can go on with that are other ranks' neighbours now: the same for all, for they draw together."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        place, _, what = name.partition(".")
+        if place.startswith("compress@") and (what == "seed" or what.startswith("calls/")):
+            found[what] = np.maximum(found.get(what, array), array)
+    return found
 
 
 def _everybodys(group: Group, obj: Any) -> list[Any]:

@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minidp.autograd import Tensor
-from minidp.backend import array_module, asarray
-from minidp.compress import Compressor
+from minidp.compress import Compressor, resolved
 from minidp.nn import Layout, Module
 from minidp.optim import Optimizer
 from minidp.parallel import pipeline_schedules
@@ -27,7 +26,7 @@ from minidp.parallel.micro_batches import MicroBatches
 from minidp.parallel.parallelize import parallelize, whole_or_not
 from minidp.parallel.pipeline import Pipeline
 from minidp.parallel.replica import Replica
-from minidp.parallel.stages import Unit, balanced, chain, count_flops, keep_stage
+from minidp.parallel.stages import Unit, balanced, chain, check_whole, count_flops, keep_stage
 from minidp.parallel.state import StateDict, Stateful
 from minidp.parallel.whole import Whole
 
@@ -45,8 +44,8 @@ class HybridParallel(Stateful):
         optimizer: built from ``model.parameters()``; its state is made for this rank's part only.
         mesh: the ranks.
         micro_batches: into how many pieces a batch is cut, which follow each other through the stages. The first
-            batch must be cut into equal ones; a later, shorter one may be cut unequally. None: 4 a stage, equal or
-            not, and one if there is one stage.
+            batch must be cut into equal ones; later ones, such as an epoch's last, need not. None: 4 a stage,
+            equal or not, and one if there is one stage.
         schedule: ``"1f1b"`` or ``"gpipe"`` (`pipeline_schedules`).
         example: one batch as it will be trained on, such as ``x[:1]``: to count the FLOPs that stages are balanced
             by, where the first layer does not tell what it takes.
@@ -55,8 +54,8 @@ class HybridParallel(Stateful):
 
     Guarantees: the model trained is rank 0's, the same as `DataParallel` would train on dp ranks with as many
     accumulation steps as micro-batches, to rounding (sums over tp ranks are in another order), dropout included;
-    with tp=1 to the bit, unless a norm is clipped. Parameters that are not cut are the same on all tp ranks, bit for
-    bit. `state_dict`, ``save`` and ``load`` are of the whole model: a checkpoint fits any mesh, and any other
+    with tp=1 to the bit. Parameters that are not cut are the same on all tp ranks, bit
+    for bit. `state_dict`, ``save`` and ``load`` are of the whole model: a checkpoint fits any mesh, and any other
     strategy.
 
     An exception in forward or backward on one rank ends the run, since the others of its replica wait for it; a
@@ -88,6 +87,10 @@ class HybridParallel(Stateful):
         clip_norm: float | None = None,
         check_finite: bool = True,
     ) -> None:
+        if accumulation_steps < 1:
+            raise ValueError(
+                f"accumulation_steps={accumulation_steps}: at least one forward_backward makes a step"
+            )
         self.model, self.optimizer, self.mesh = model, optimizer, mesh
         self._batches = MicroBatches(micro_batches, mesh)
         self.micro_batches = self._batches.count
@@ -95,10 +98,16 @@ class HybridParallel(Stateful):
         self.schedule = pipeline_schedules.get(schedule, mesh.pp, self.micro_batches)
         self.comm = mesh.world.duplicate(self.label)
         check_free(model)
+        check_whole(model)
         check_parameters(model, optimizer)
         check_norms(model, mesh.dp)
-        dense = Layout(model)
-        agree(self.comm, (dense.describe(), repr(model), describe(optimizer, dense), *self._options()), self.label)
+        dense, described = Layout(model), None if compress is None else resolved(compress).describe()
+        options = (
+            f"{mesh}, micro_batches={self.micro_batches} ({'given' if self._batches.asked_for else 'usual'}), "
+            f"schedule={schedule}, compress={described}, accumulation_steps={accumulation_steps}, "
+            f"bucket_cap_mb={bucket_cap_mb}, clip_norm={clip_norm}, check_finite={check_finite}"
+        )
+        agree(self.comm, (dense.describe(), repr(model), describe(optimizer, dense), options), self.label)
         self._same_everywhere()
         at = mesh.coordinates
         with whole_or_not(model):
@@ -107,28 +116,34 @@ class HybridParallel(Stateful):
             self.bounds = self._balanced(units, example)
             cuts = parallelize(model, mesh.tensor)
             self.whole.spread(keep_stage(model, units, self.bounds, at.pp), cuts)
+            copies = [name for name, _ in model.named_parameters() if name not in cuts] if at.tp else []
+            self._inner = DataParallel(
+                model,
+                optimizer.only(model.parameters()),
+                mesh.data,
+                compress=compress,
+                accumulation_steps=accumulation_steps * self.micro_batches,
+                bucket_cap_mb=bucket_cap_mb,
+                clip_norm=clip_norm,
+                check_finite=check_finite,
+                replica=Replica(mesh.replica, [mesh.rank_of(d, at.pp, at.tp) for d in range(mesh.dp)], copies),
+            )
         lo, hi = self.bounds[at.pp]
-        copies = [name for name, _ in model.named_parameters() if name not in cuts] if at.tp else []
-        self._inner = DataParallel(
-            model,
-            optimizer.only(model.parameters()),
-            mesh.data,
-            compress=compress,
-            accumulation_steps=accumulation_steps * self.micro_batches,
-            bucket_cap_mb=bucket_cap_mb,
-            clip_norm=clip_norm,
-            check_finite=check_finite,
-            replica=Replica(mesh.replica, [mesh.rank_of(d, at.pp, at.tp) for d in range(mesh.dp)], copies),
-        )
         self.layout = self._inner.layout
         self.compressor = self._inner.compressor
-        self.cut_by = "ranks" if mesh.tp == mesh.pp == 1 else repr(mesh)
+        self.cut_by = "ranks" if mesh.tp == mesh.pp == 1 else f"{mesh}, stages {self.bounds}"
         self._pipeline = Pipeline(mesh.pipeline, units[lo:hi], self._inner)
         self._brought: tuple[StateDict, dict[str, StateDict]] | None = None
-        self._follow()
 
-    def _options(self) -> tuple[Any, ...]:
-        return repr(self.mesh), self.schedule.name, self.micro_batches, self.accumulation_steps
+    @property
+    def updates(self) -> int:  # type: ignore[override]
+        """Steps that have been made, with those of a checkpoint."""
+        return self._inner.updates
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        """Of dropout's masks, the same on all ranks."""
+        return self._inner.seed
 
     def _same_everywhere(self) -> None:
         """Rank 0's model, buffers and seed to everybody, while all have the whole of it."""
@@ -178,13 +193,12 @@ class HybridParallel(Stateful):
         not the same on all ranks of the replica (of the first one).
         """
         self._check_backward()
-        batches = self._batches.of(x, y)
+        batches = self._batches.of(x, y, self.updates)
         try:
-            total = self._pipeline.run(self.schedule, batches, loss_fn)
+            return self._pipeline.run(self.schedule, batches, loss_fn)
         except BaseException as error:
             self._inner._poison = error
             raise
-        return Tensor(asarray(total / max(1, len(x)), array_module(total), total.dtype))
 
     def predict(self, x: Any) -> Tensor:
         """The model's result for inputs ``x``, the same on all ranks of the replica, without a graph; in
@@ -198,24 +212,23 @@ class HybridParallel(Stateful):
                 f"backward of a loss in a pipeline of {self.mesh.pp} stages, of which each rank has one: call "
                 "strategy.forward_backward(x, y, loss_fn), which takes the batch through all of them"
             )
-        self._check_backward()
+        if self._inner._backwards == self._inner.accumulation_steps:
+            raise RuntimeError(
+                f"backward was called {self._inner._backwards + 1} times before step(), and "
+                f"accumulation_steps={self.accumulation_steps} with micro_batches={self.micro_batches} make "
+                f"{self._inner._backwards}: call step()"
+            )
         self._inner.backward(loss, samples)
 
     def step(self) -> None:
         """∇L = Σ n_i ∇L_i / Σ n_i along dp;  w ← w − η ∇L, of this rank's part. Collective, on all ranks or none.
 
         See `Strategy.step`; ranks in errors are those of the mesh."""
-        try:
-            self._inner.step()
-        finally:
-            self._follow()
+        self._inner.step()
 
     def discard(self) -> None:
         """Forget the gradients of the step that has begun, and a failure in it. Not collective."""
         self._inner.discard()
-
-    def _follow(self) -> None:
-        self.updates, self.seed = self._inner.updates, self._inner.seed
 
     def _check_backward(self) -> None:
         if self._inner._backwards + self.micro_batches > self._inner.accumulation_steps:
@@ -288,7 +301,6 @@ class HybridParallel(Stateful):
     def restore(self, model: StateDict, state: Mapping[str, StateDict], updates: int, seed: int) -> None:
         parts = {slot: self.whole.parts(of_slot) for slot, of_slot in state.items()}
         self._inner.restore(self.whole.parts(model), parts, updates, seed)
-        self._follow()
 
     def restore_compressor(self, state: StateDict) -> None:
         self._inner.restore_compressor(state)

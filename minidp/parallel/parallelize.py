@@ -8,7 +8,8 @@ What is cut, of the modules of a model:
     MultiHeadAttention  heads
     GPT                 tokens' rows of the embedding, the blocks, and the head by columns, its parts joined
 
-All else is computed by every rank for itself, alike. `cut_layers` may be taught other modules::
+All else is computed by every rank for itself, alike; so are subclasses that may do something else, by a forward
+of their own. `cut_layers` may be taught other modules::
 
     @parallel.cut_layers.register
     def _(module: MyModel, comm: Communicator) -> None:
@@ -39,6 +40,7 @@ from minidp.nn import (
     TransformerBlock,
 )
 from minidp.nn.layers import Identity
+from minidp.parallel.agreement import owners
 from minidp.parallel.cuts import Cut
 from minidp.parallel.parallel_attention import ParallelAttention, PartDropout
 from minidp.parallel.parallel_embedding import VocabParallelEmbedding
@@ -70,15 +72,13 @@ def parallelize(model: Module, comm: Communicator) -> dict[str, Cut]:
             f"tp={comm.world_size}: this model has no layers that can be cut (a GPT, a TransformerBlock, or two "
             "Linear in a Sequential with only activations between): take tp=1, or see parallel.cut_layers"
         )
-    whole: dict[int, str] = {}
+    first: dict[int, str] = {}
     for name, parameter in model.all_named_parameters():
-        if name not in cuts:
-            whole[id(parameter)] = name
-    for name, parameter in model.all_named_parameters():
-        if name in cuts and id(parameter) in whole:
+        other = first.setdefault(id(parameter), name)
+        if cuts.get(name) != cuts.get(other):
             raise ValueError(
-                f"{name} would be cut, and is tied to {whole[id(parameter)]}, which would not: untie them, or "
-                "take tp=1"
+                f"{name} is tied to {other}, and the two would be cut differently, or one of them not at all: "
+                "untie them, or take tp=1"
             )
     return cuts
 
@@ -105,7 +105,9 @@ def whole_or_not(model: Module) -> Iterator[None]:
         for module, before in attributes:
             vars(module).clear()
             vars(module).update(before)
+        owners.pop(model, None)
         for parameter, data, grad in values:
+            parameter._grad_slot, parameter._grad_written = None, False
             parameter.data = data
             parameter.grad = grad
         raise
@@ -127,7 +129,7 @@ def _(module: Sequential, comm: Communicator) -> None:
         column, row = module[first], module[last]
         assert isinstance(column, Linear)
         assert isinstance(row, Linear)
-        if often[id(column)] > 1 or often[id(row)] > 1:
+        if any(often[id(module[i])] > 1 and not _plain(module[i]) for i in range(first, last + 1)):
             continue  # a layer that is tied to another place stays whole there, and here
         check_parts(f"layer {names[first]}, a Linear", "out_features", column.out_features, comm.world_size)
         put(module, names[first], ColumnParallelLinear.of(column, comm))
@@ -141,7 +143,7 @@ def _(module: Sequential, comm: Communicator) -> None:
         layer = module[i]
         if i in paired or often[id(layer)] > 1:
             continue
-        if isinstance(layer, Embedding):
+        if type(layer) is Embedding:
             put(module, name, VocabParallelEmbedding.of(layer, comm))
         elif type(layer) is MultiHeadAttention:
             put(module, name, ParallelAttention.of(layer, comm))
@@ -151,18 +153,31 @@ def _(module: Sequential, comm: Communicator) -> None:
 
 @cut_layers.register
 def _(module: TransformerBlock, comm: Communicator) -> None:
-    inside = module.linear1.out_features
-    put(module, "self_attn", ParallelAttention.of(module.self_attn, comm))
-    put(module, "linear1", ColumnParallelLinear.of(module.linear1, comm))
-    put(module, "dropout", PartDropout.of(module.dropout, -1, inside, comm))
-    put(module, "linear2", RowParallelLinear.of(module.linear2, comm))
+    if type(module).forward is not TransformerBlock.forward:
+        return
+    if type(module.self_attn) is MultiHeadAttention:
+        put(module, "self_attn", ParallelAttention.of(module.self_attn, comm))
+    first, last, between = module.linear1, module.linear2, (module.activation, module.dropout)
+    if type(first) is type(last) is Linear and all(type(layer) in ELEMENTWISE for layer in between):
+        put(module, "linear1", ColumnParallelLinear.of(first, comm))
+        put(module, "dropout", PartDropout.of(module.dropout, -1, first.out_features, comm))
+        put(module, "linear2", RowParallelLinear.of(last, comm))
 
 
 @cut_layers.register
 def _(module: GPT, comm: Communicator) -> None:
-    put(module, "token_embedding", VocabParallelEmbedding.of(module.token_embedding, comm))
+    if type(module).forward is not GPT.forward or type(module).embed is not GPT.embed:
+        return
+    if type(module.token_embedding) is Embedding:
+        put(module, "token_embedding", VocabParallelEmbedding.of(module.token_embedding, comm))
     cut_layers(module.blocks, comm)
-    put(module, "head", ColumnParallelLinear.of(module.head, comm, gather_output=True))
+    if type(module.head) is Linear:
+        put(module, "head", ColumnParallelLinear.of(module.head, comm, gather_output=True))
+
+
+def _plain(layer: Module) -> bool:
+    """Whether it does the same wherever it stands: it has no Parameters, and draws nothing."""
+    return type(layer) in ELEMENTWISE and not isinstance(layer, Dropout)
 
 
 def pairs(layers: Sequential) -> list[tuple[int, int]]:
@@ -171,6 +186,6 @@ def pairs(layers: Sequential) -> list[tuple[int, int]]:
     linear = [i for i, layer in enumerate(layers) if type(layer) is Linear]
     for first, last in pairwise(linear):
         between = [layers[i] for i in range(first + 1, last)]
-        if all(isinstance(layer, ELEMENTWISE) for layer in between) and (not found or found[-1][1] < first):
+        if all(type(layer) in ELEMENTWISE for layer in between) and (not found or found[-1][1] < first):
             found.append((first, last))
     return found

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from minidp import trace
-from minidp.autograd import Tensor, no_grad
-from minidp.backend import Array, array_types
+from minidp.autograd import Tensor, no_grad, tensor
+from minidp.backend import Array, array_module, asarray
 from minidp.comm import Communicator
 from minidp.comm.work import Work
 from minidp.parallel.pipeline_schedules import PipelineSchedule
@@ -63,14 +63,15 @@ class Pipeline:
         schedule: PipelineSchedule,
         batches: Sequence[tuple[Any, Any]],
         loss_fn: Callable[[Tensor, Any], Tensor],
-    ) -> Any:
-        """Forward and backward of all micro-batches: Σ n_j L_j, on every stage. Collective.
+    ) -> Tensor:
+        """Forward and backward of all micro-batches: Σ n_j L_j / Σ n_j, on every stage, without a graph.
+        Collective.
 
         Args:
             batches: (x, y) of each micro-batch, on all stages: the first one looks at x, the last one at y.
         """
         kept: dict[int, tuple[Any, Tensor]] = {}  # by micro-batch: what came in, what became of it
-        total: Any = 0.0
+        losses: list[tuple[Array, int]] = []
         for _, _, j, kind in schedule.of_stage(self.stage):
             x, y = batches[j]
             if kind == "forward":
@@ -79,7 +80,7 @@ class Pipeline:
                     result = self._through(given)
                     if self.last:
                         result = loss_fn(result, y)
-                        total = total + result.data * len(x)
+                        losses.append((result.data, len(x)))
                 if not self.last:
                     self._send(result.data, self.stage + 1, FORWARD)
                 kept[j] = given, result
@@ -93,7 +94,8 @@ class Pipeline:
                 if not self.first:
                     self._send_gradient(given)
         self._all_left()
-        return self._told(total)
+        mean = _mean(losses) if self.last else None
+        return Tensor(mean if self.stages == 1 else self._from_last(mean))
 
     def predict(self, x: Any) -> Tensor:
         """The last stage's result for x, on every stage, without a graph. Collective."""
@@ -111,12 +113,7 @@ class Pipeline:
             x = self.comm.device.asarray(x)  # once, however often the model uses it; see Function.moves
         for unit in self._units:
             x = unit.forward(x)
-        return x
-
-    def _told(self, total: Any) -> Any:
-        """What the last stage has added up, on every stage: a 0-d array."""
-        array = total if type(total) in array_types else np.asarray(total)  # NumPy makes scalars of sums
-        return array if self.stages == 1 else self._from_last(array)
+        return x if isinstance(x, Tensor) else tensor(x)
 
     # -- messages --------------------------------------------------------------------------------------
 
@@ -152,7 +149,7 @@ class Pipeline:
         x = self.comm.device.xp.zeros_like(given.data) if gradient is None else gradient.data
         self._left(self.stage - 1)
         self._leaving[self.stage - 1] = [
-            self.comm.send(self.comm.device.xp.ascontiguousarray(x), self.stage - 1, BACKWARD, async_op=True)
+            self.comm.send(x if x.flags.c_contiguous else x.copy(), self.stage - 1, BACKWARD, async_op=True)
         ]
 
     def _left(self, dst: int) -> None:
@@ -173,11 +170,25 @@ class Pipeline:
         x: Array = xp.empty(shape, dtype)
         return x
 
-    def _from_last(self, x: Array) -> Array:
+    def _from_last(self, x: Array | None) -> Array:
         """The last stage's array on every stage; what others give is not looked at. Collective."""
         if self.last:
+            assert x is not None
             for dst in range(self.stages - 1):
                 self._send(x, dst, RESULT)
             self._all_left()
             return x
         return self._receive(self.stages - 1, RESULT).data
+
+
+def _mean(losses: Sequence[tuple[Array, int]]) -> Array:
+    """Σ n_j L_j / Σ n_j, in the losses' dtype, of 0 dimensions; added up in float64, for halves are soon too
+    small."""
+    (first, _), *others = losses
+    if not others:
+        return first
+    wide = object if first.dtype.hasobject else np.float64
+    total: Any = 0
+    for loss, samples in losses:
+        total = total + loss.astype(wide) * samples
+    return asarray(total / max(1, sum(samples for _, samples in losses)), array_module(first), first.dtype)

@@ -35,7 +35,8 @@ class Replica:
     ) -> None:
         self._comm = None if comm is None or comm.world_size == 1 else comm
         self._ranks, self._elsewhere = ranks, counted_elsewhere
-        self._others: list[int] = []
+        self._mine: list[int] = []  # pieces of the norm that this rank counts
+        self._pieces: list[int] = []  # how many, of each rank
         self._layers = False
 
     def prepare(self, layout: Layout, pieces: Sequence[tuple[int, int]], layers: bool) -> None:
@@ -43,7 +44,9 @@ class Replica:
         if self._comm is None:
             self._layers = layers
             return
-        self._others = [i for i, (lo, hi) in enumerate(pieces) if layout.names_at(lo, hi)[0] in self._elsewhere]
+        names = [layout.names_at(lo, hi)[0] for lo, hi in pieces]
+        self._mine = [i for i, name in enumerate(names) if name not in self._elsewhere]
+        self._pieces = self._comm.all_gather_int(len(self._mine), "HybridParallel(…) pieces")
         self._layers = any(self._comm.all_gather_int(layers, "HybridParallel(…) layers"))
 
     @property
@@ -72,15 +75,20 @@ class Replica:
             raise mine
 
     def everybodys(self, squares: Flat) -> Flat:
-        """Numbers that add up to the square of the whole gradient's norm, the same on all ranks: of one rank alone
-        its ``squares``, piece by piece, else the sum of each rank's, in order of rank. Collective."""
+        """The squares of all pieces of the whole gradient, in order of rank, copies once; the same on all ranks.
+
+        Without tensor parallelism that is the order of the model, and a norm has the bits that it has on one rank.
+        Collective.
+        """
         if self._comm is None:
             return squares
         xp = array_module(squares)
-        squares[self._others] = 0
-        sums: Flat = xp.empty(self._comm.world_size, squares.dtype)
-        self._comm.all_gather(sums, xp.asarray(squares.sum()).reshape(1))
-        return sums
+        own = xp.zeros(max(self._pieces), squares.dtype)
+        own[: len(self._mine)] = squares[self._mine]
+        rows = xp.empty((len(self._pieces), own.size), squares.dtype)
+        self._comm.all_gather(rows, own)
+        whole: Flat = xp.concatenate([row[:count] for row, count in zip(rows, self._pieces)])
+        return whole
 
 
 def raise_first(

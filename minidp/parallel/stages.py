@@ -23,8 +23,9 @@ import numpy as np
 
 from minidp.autograd import no_grad
 from minidp.backend import meter
-from minidp.nn import GPT, Embedding, Linear, Module, Sequential
+from minidp.nn import GPT, Dropout, Embedding, Linear, Module, Sequential
 from minidp.parallel.parallelize import pairs
+from minidp.parallel.tensor_parallel import ParallelModule
 
 
 class Unit(NamedTuple):
@@ -177,7 +178,8 @@ def keep_stage(
 ) -> dict[str, int]:
     """Leave only the units of ``stage`` in the model, in place; the stage of each of the model's modules, by name.
 
-    The other units' Parameters give up their values. ValueError if a Parameter or module belongs to two stages.
+    The other units' Parameters give up their values. ValueError if a Parameter, or a module that remembers
+    something, belongs to two stages.
     """
     stage_of = {name: s for s, (lo, hi) in enumerate(bounds) for unit in units[lo:hi] for name in unit.modules}
     if len(bounds) == 1:
@@ -191,6 +193,15 @@ def keep_stage(
                 f"{name} is tied to {before[1]}, and the one would be on stage {home}, the other on {before[0]}: "
                 "untie them, or take pp=1"
             )
+    for name, module in model._walk():
+        if module._buffers or isinstance(module, Dropout):
+            home = stage_at(name, stage_of)
+            before = homes.setdefault(id(module), (home, name))
+            if before[0] != home:
+                raise ValueError(
+                    f"{name} and {before[1]} are one {type(module).__name__}, on stages {home} and {before[0]}: "
+                    "give each place one of its own, or take pp=1"
+                )
     for name, s in stage_of.items():
         if s == stage:
             continue
@@ -199,9 +210,20 @@ def keep_stage(
         for part in path:
             owner = vars(owner)[part]
         for parameter in vars(owner)[last].parameters():
+            parameter.grad = None
             parameter.data = np.zeros(0, parameter.dtype)
         setattr(owner, last, Elsewhere(s))
     return stage_of
+
+
+def check_whole(model: Module) -> None:
+    """ValueError if the model has been cut before."""
+    for name, module in model.named_modules():
+        if isinstance(module, Elsewhere | ParallelModule):
+            raise ValueError(
+                f"this model has been cut already ({name} is a {type(module).__name__}): build a dense one, and "
+                "give it the state_dict() of the strategy that has cut this one"
+            )
 
 
 def stage_at(name: str, stage_of: dict[str, int]) -> int:

@@ -72,14 +72,16 @@ class Whole:
 
     def gather(self, parts: Mapping[str, Array], names: list[str] | None = None) -> StateDict:
         """The whole of every entry (or of ``names``) on every rank, on the host. Collective."""
-        return {name: self._gathered(name, parts.get(name)) for name in names or list(self.places)}
+        if names is None:
+            names = list(self.places)
+        return {name: self._gathered(name, parts.get(name)) for name in names}
 
     def _gathered(self, name: str, part: Array | None) -> np.ndarray:
         place = self.places[name]
         whole = np.zeros(place.shape, place.dtype)
         if self.mine(name):
             assert part is not None
-            whole = self._joined(place, np.ascontiguousarray(to_numpy(part)))
+            whole = self._joined(place, np.array(to_numpy(part), order="C"))  # of 0 dimensions, too
         if self._mesh.pp > 1:
             self._mesh.pipeline.broadcast(whole, place.stage)
         return whole
@@ -87,7 +89,7 @@ class Whole:
     def _joined(self, place: Place, part: np.ndarray) -> np.ndarray:
         cut = place.cut
         if cut is None:
-            return part.copy()
+            return part
         sizes = [int(np.prod(cut.shape(index))) for index in range(cut.count)]
         mine = np.zeros(max(sizes), part.dtype)
         mine[: part.size] = part.reshape(-1)
