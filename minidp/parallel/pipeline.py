@@ -158,7 +158,7 @@ class Pipeline:
             work.wait()
 
     def _all_left(self) -> None:
-        """Before this rank waits for others than the stages: its messages leave only while it waits for these."""
+        """Wait until all messages have left: what they were sent from may change afterwards."""
         for dst in list(self._leaving):
             self._left(dst)
 
