@@ -16,7 +16,8 @@ from rich.console import Console
 import minidp
 from minidp import parallel, trace
 from minidp.backend import Device, DeviceUnavailable
-from minidp.demo import compare, compare_compressors, goal, report
+from minidp.demo import compare, compare_compressors, goal, hybrid, report
+from minidp.demo.hybrid_options import HIDDEN
 from minidp.demo.options import parse
 from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
@@ -98,6 +99,8 @@ def _run(args: Namespace) -> int:
         # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
         job = replace(job, task=replace(args.task, hidden=(128,)))
     try:
+        if args.hybrid:
+            return hybrid.run(console, args, replace(job, task=replace(args.task, hidden=HIDDEN)))
         if args.compare:
             return compare.compare(console, args, job)
         if args.survey:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minidp.backend import Device, get_device
-from minidp.demo import compress_options, strategy_options
+from minidp.demo import compress_options, hybrid_options, strategy_options
 from minidp.demo.tasks import FITTING, MODELS, Task
 from minidp.demo.train import DEFAULT_LR, OPTIMIZERS
 from minidp.launch import cores
@@ -125,6 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "other, or all workers on GPU number K",
     )
     strategy_options.add_to(parser)
+    hybrid_options.add_to(parser)
     compress_options.add_to(parser)
     add = parser.add_argument_group("the virtual cluster (--world virtual)").add_argument
     add(
@@ -147,6 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1)")
     args = parser.parse_args(argv)
     compress_options.choose(parser, args)
+    hybrid_options.choose(parser, args)
     strategy_options.choose(parser, args)
     _choose_task(parser, args)
     _check(parser, args)

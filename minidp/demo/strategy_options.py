@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minidp.demo.hybrid_options import HYBRID
 from minidp.demo.strategies import ALL, SERVERS, STALENESS, SYNC_EVERY, WAYS
 from minidp.launch import cores
 
@@ -27,10 +28,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     ).add_argument
     add(
         "--strategy",
-        choices=(*WAYS, ALL),
+        choices=(*WAYS, HYBRID, ALL),
         help="sync: gradients are averaged in each step (default); ps: the same, by parameter servers; ssp: "
         "stale-synchronous, async: asynchronous, both by servers; hogwild: one w that all write without a lock; "
-        "local: replicas, averaged now and then; all: all of them, on a virtual cluster with one slow worker",
+        "local: replicas, averaged now and then; hybrid: the model is shared out, too, see below; all: all but "
+        "that, on a virtual cluster with one slow worker",
     )
     add("--servers", type=int, metavar="M", help=f"parameter servers, of ps, ssp, async (default: {SERVERS})")
     add(
@@ -49,7 +51,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def choose(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what depends on the strategy. ``args.compare``: whether it is another than today's usual one."""
-    args.compare = args.strategy not in (None, "sync")
+    args.compare = args.strategy not in (None, "sync", HYBRID)
     _check(parser, args)
     for name, (_, default) in _OWN.items():
         if getattr(args, name) is None:
@@ -73,8 +75,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error("--staleness 0 is synchronous: that is --strategy ps; give ssp at least 1")
         if value < 1:
             parser.error(f"{option} must be at least 1")
-    if args.compare:
-        given = [name for name in _SYNC_ONLY if getattr(args, name) not in (None, False)]
+    if args.strategy not in (None, "sync"):
+        not_its = [name for name in _SYNC_ONLY if not (name == "trace" and args.hybrid)]
+        given = [name for name in not_its if getattr(args, name) not in (None, False)]
         if given:
             parser.error(
                 f"--{given[0].replace('_', '-')} is of synchronous training: leave it out, or --strategy "

@@ -52,6 +52,10 @@ class HybridParallel(Stateful):
         compress, accumulation_steps, bucket_cap_mb, clip_norm, check_finite: as of `DataParallel`, along dp. The
             norm is that of the whole gradient; a step is committed by all ranks or by none.
 
+    Attributes:
+        layers: names of the pieces that stages are made of, first to last.
+        bounds: (lo, hi) of each stage's.
+
     Guarantees: the model trained is rank 0's, the same as `DataParallel` would train on dp ranks with as many
     accumulation steps as micro-batches, to rounding (sums over tp ranks are in another order), dropout included;
     with tp=1 to the bit. Parameters that are not cut are the same on all tp ranks, bit
@@ -113,6 +117,7 @@ class HybridParallel(Stateful):
         with whole_or_not(model):
             self.whole = Whole(model, mesh)
             units = chain(model, mesh.tp > 1)
+            self.layers = tuple(unit.name for unit in units)
             self.bounds = self._balanced(units, example)
             cuts = parallelize(model, mesh.tensor)
             self.whole.spread(keep_stage(model, units, self.bounds, at.pp), cuts)

@@ -76,7 +76,7 @@ class Pipeline:
             x, y = batches[j]
             if kind == "forward":
                 given = x if self.first else self._receive(self.stage - 1, FORWARD)
-                with trace.span("forward", "compute"):
+                with trace.span(f"F{j}" if self.stages > 1 else "forward", "compute"):
                     result = self._through(given)
                     if self.last:
                         result = loss_fn(result, y)
@@ -90,6 +90,8 @@ class Pipeline:
                 gradient = None
                 if not self.last:
                     gradient = self._comm_recv(self._like(result), self.stage + 1, BACKWARD)
+                if self.stages > 1:
+                    self._strategy._in_traces = f"B{j}"
                 self._strategy.backward(result, len(x), gradient)
                 if not self.first:
                     self._send_gradient(given)
@@ -185,10 +187,12 @@ def _mean(losses: Sequence[tuple[Array, int]]) -> Array:
     """Σ n_j L_j / Σ n_j, in the losses' dtype, of 0 dimensions; added up in float64, for halves are soon too
     small."""
     (first, _), *others = losses
-    if not others:
+    samples = sum(count for _, count in losses)
+    if not others or not samples:
         return first
     wide = object if first.dtype.hasobject else np.float64
     total: Any = 0
-    for loss, samples in losses:
-        total = total + loss.astype(wide) * samples
-    return asarray(total / max(1, sum(samples for _, samples in losses)), array_module(first), first.dtype)
+    for loss, count in losses:
+        if count:  # what a loss of no samples is, may be no number, or no Fraction
+            total = total + loss.astype(wide) * count
+    return asarray(total / samples, array_module(first), first.dtype)

@@ -59,6 +59,9 @@ class Strategy(Stateful):
     together: bool = True
     """Whether a step is one of all ranks; otherwise each makes its own, and batch norm goes by its own batches."""
 
+    _in_traces = "backward"
+    """What traces call the next one."""
+
     late: bool = False
     """Whether a step is committed before it is known to be good (``late.py``)."""
 
@@ -159,7 +162,7 @@ class Strategy(Stateful):
         if not isinstance(samples, WHOLE) or samples < 0:
             raise ValueError(f"samples={samples!r}: the number of items that the loss is a mean over, 0 or more")
         try:
-            with trace.span("backward", "compute"):
+            with trace.span(self._in_traces, "compute"):
                 if gradient is None:
                     loss.backward(gradient=int(samples))
                 elif loss.requires_grad:  # else nothing of this stage is learnt
