@@ -29,7 +29,7 @@ from minidp import nn, optim, parallel
 from minidp.bench.leftovers import Script, children, descriptors, gone_within
 from minidp.comm import comm_self
 from minidp.comm.board import Board
-from minidp.launch import blas, cores
+from minidp.launch import blas, cores, interrupts
 from minidp.nn import functional as F
 
 
@@ -665,3 +665,15 @@ def test_steps_of_a_strategy_are_its_progress() -> None:
         strategy.step()
     assert board.progress_of(0) == (4, 9, "epoch 1")
     comm.close()
+
+
+def test_signals_that_the_program_handles_wait_until_workers_are_started() -> None:
+    came: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append("handled"))
+    try:
+        with interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            came.append("started")
+        assert came == ["started", "handled"]
+    finally:
+        signal.signal(signal.SIGTERM, before)

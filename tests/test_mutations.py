@@ -94,7 +94,11 @@ def holds(strategy: type[parallel.Strategy], optimizer: str, mutation: Callable[
 def mean_of_means() -> Iterator[None]:
     """1/N Σ ∇L_i instead of Σ n_i ∇L_i / Σ n_i: every rank says that it has one sample."""
     backward = parallel.Strategy.backward
-    with patch.object(parallel.Strategy, "backward", lambda s, loss, samples: backward(s, loss, min(samples, 1))):
+
+    def mutated(self: Any, loss: Any, samples: int, gradient: Any = None) -> None:
+        backward(self, loss, min(samples, 1), gradient)
+
+    with patch.object(parallel.Strategy, "backward", mutated):
         yield
 
 
