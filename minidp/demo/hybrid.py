@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +24,8 @@ from minidp.demo.words import write
 from minidp.launch import cores
 from minidp.nn import functional as F
 
-EXACT_STEPS = 10  # in float64, to compare: float32's rounding grows with every step
+AXES = "dp", "tp", "pp"
+FEW_STEPS = 10  # after which w is compared in float64 and in float32: rounding alone is left, before it grows
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,19 @@ def run(console: Console, args: Namespace, job: Job) -> int:
     except minidp.RankFailed as failed:
         if not isinstance(failed.__cause__, ValueError):
             raise
-        console.print(f"[red]{failed.__cause__}[/]", highlight=False)
+        sys.stderr.write(f"minidp.demo: {failed.__cause__}\n")
         return 2
     (one,) = _spawn(train, args, plan.alone(), job)
-    # Micro-batches, and parts of layers, make other sums than one worker does: in float64 rounding alone is left.
-    exact = [_spawn(exactly, args, each, job)[0] for each in (plan.alone(), plan)]
-    outcome = outcome_of(args, job, plan, one, many, relative_difference(*exact))
-    hybrid_report.show(console, outcome, many)
+    # Micro-batches, and parts of layers, make other sums than one worker does.
+    few = [_spawn(begin, args, each, job)[0] for each in (plan.alone(), plan)]
+    outcome = outcome_of(args, job, plan, one, many, [relative_difference(*states) for states in zip(*few)])
+    hybrid_report.show(console, outcome, job.task.classes)
     events = [event for part in many for event in part.events]
     if args.cluster is not None and plan.pp > 1:
         hybrid_report.show_timeline(console, events, plan)
     if args.plot:
-        title = f"One step of a replica: {plan.pp} stages, {many[0].micro_batches} micro-batches, {plan.schedule}"
-        trace.plot_timeline(hybrid_report.one_step(events, plan), args.plot, title=title)
+        step = hybrid_report.one_step(events, plan)
+        trace.plot_timeline(step, args.plot, title=hybrid_report.title(outcome))
         console.print(f"Timeline: {args.plot}")
     write(console, args.json, outcome)
     if args.trace:
@@ -127,6 +129,7 @@ def train(comm: Communicator, job: Job, plan: Plan) -> Part:
     recorder = trace.Recorder(comm.rank, comm.now, comm.device.clock(comm.now))
     epoch_s, total = [], len(loader) * job.epochs
     comm.barrier()
+    before = strategy.metrics  # making the parts of the model has sent bytes, too
     for epoch in range(job.epochs):
         with trace.recording(recorder) if epoch == job.epochs - 1 else nullcontext():
             start = comm.now()
@@ -151,7 +154,7 @@ def train(comm: Communicator, job: Job, plan: Plan) -> Part:
         memory=strategy.memory(),
         micro_batches=strategy.micro_batches,
         kept=int(metrics["most_activations"]),
-        sent={axis: metrics[f"{axis}_bytes_sent"] / steps for axis in ("dp", "tp", "pp")},
+        sent={axis: (metrics[of] - before[of]) / steps for axis in AXES for of in [f"{axis}_bytes_sent"]},
         steps=steps,
         epoch_s=epoch_s,
         waited_s=metrics["pipeline_wait_s"],
@@ -162,18 +165,44 @@ def train(comm: Communicator, job: Job, plan: Plan) -> Part:
     )
 
 
-def exactly(comm: Communicator, job: Job, plan: Plan) -> dict[str, np.ndarray]:
-    """w after a few steps in float64."""
-    strategy = built(comm, job, plan, "float64")
-    for x, y in islice(loader_of(job, strategy).epoch(0), EXACT_STEPS):
-        strategy.forward_backward(x, y, F.cross_entropy)
-        strategy.step()
+def begin(comm: Communicator, job: Job, plan: Plan) -> list[dict[str, np.ndarray]]:
+    """w after a few steps in float64, and in float32."""
+    return [_begin(comm, job, plan, dtype) for dtype in ("float64", "float32")]
+
+
+def _begin(comm: Communicator, job: Job, plan: Plan, dtype: str) -> dict[str, np.ndarray]:
+    strategy = built(comm, job, plan, dtype)
+    loader = loader_of(job, strategy)
+    while strategy.updates < FEW_STEPS:
+        epoch, step = divmod(strategy.updates, len(loader))
+        for x, y in islice(loader.epoch(epoch, step), FEW_STEPS - strategy.updates):
+            strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
     return strategy.state_dict()
 
 
 @dataclass(frozen=True)
+class Seat:
+    """Where a rank sits in the mesh, and what it holds and sends there."""
+
+    rank: int
+    node: int | None
+    """Of a virtual cluster."""
+    dp: int
+    pp: int
+    tp: int
+    layers: tuple[str, ...]
+    parameters: int
+    memory: dict[str, int]
+    most_activations: int
+    """Micro-batches whose activations it kept at a time."""
+    bytes_per_step: dict[str, float]
+    pipeline_wait_s: float
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """The demo's figures, as ``--json`` writes them. Bytes: of the fullest rank; times: medians over epochs."""
+    """The demo's figures, as ``--json`` writes them; times are medians over epochs."""
 
     model: str
     dataset: str
@@ -190,6 +219,7 @@ class Outcome:
     epochs: int
     steps: int
     cores: int
+    ranks: list[Seat]
     parameters_one_worker: int
     parameters: int
     """That a rank computes with, at most."""
@@ -200,7 +230,7 @@ class Outcome:
     bytes_per_step: dict[str, float]
     """Sent along each axis by a rank, at most."""
     idle_share: float | None
-    """Measured, over all ranks; None without a pipeline."""
+    """Waiting for other stages, of the steps' time, the mean over ranks; None without a pipeline."""
     idle_share_formula: float | None
     steps_per_s_one_worker: float
     steps_per_s: float
@@ -209,11 +239,17 @@ class Outcome:
     test_accuracy_one_worker: float
     test_accuracy: float
     relative_difference: float
+    few_steps: int
     relative_difference_float64: float
-    """After a few steps."""
+    """After so many steps."""
+    relative_difference_float32: float
+    """After as many."""
 
 
-def outcome_of(args: Namespace, job: Job, plan: Plan, one: Part, many: Sequence[Part], exact: float) -> Outcome:
+def outcome_of(
+    args: Namespace, job: Job, plan: Plan, one: Part, many: Sequence[Part], few: Sequence[float]
+) -> Outcome:
+    """``few``: the relative differences after few steps, in float64 and in float32."""
     ranks, m, p = len(many), many[0].micro_batches, plan.pp
     waited = sum(part.waited_s for part in many) / sum(sum(part.epoch_s) for part in many)
     return Outcome(
@@ -232,12 +268,13 @@ def outcome_of(args: Namespace, job: Job, plan: Plan, one: Part, many: Sequence[
         epochs=job.epochs,
         steps=many[0].steps,
         cores=cores(),
+        ranks=[_seat(args, plan, rank, part) for rank, part in enumerate(many)],
         parameters_one_worker=one.parameters,
         parameters=max(part.parameters for part in many),
         memory_one_worker=one.memory,
         memory={what: sum(part.memory[what] for part in many) / ranks for what in one.memory},
         most_activations=max(part.kept for part in many),
-        bytes_per_step={axis: max(part.sent[axis] for part in many) for axis in ("dp", "tp", "pp")},
+        bytes_per_step={axis: max(part.sent[axis] for part in many) for axis in AXES},
         idle_share=waited if p > 1 else None,
         idle_share_formula=(p - 1) / (m + p - 1) if p > 1 else None,
         steps_per_s_one_worker=_steps_per_s(one),
@@ -247,7 +284,27 @@ def outcome_of(args: Namespace, job: Job, plan: Plan, one: Part, many: Sequence[
         test_accuracy_one_worker=one.accuracy,
         test_accuracy=many[0].accuracy,
         relative_difference=relative_difference(one.state, many[0].state),
-        relative_difference_float64=exact,
+        few_steps=FEW_STEPS,
+        relative_difference_float64=few[0],
+        relative_difference_float32=few[1],
+    )
+
+
+def _seat(args: Namespace, plan: Plan, rank: int, part: Part) -> Seat:
+    rest, tp = divmod(rank, plan.tp)
+    dp, pp = divmod(rest, plan.pp)
+    return Seat(
+        rank=rank,
+        node=None if args.cluster is None else args.cluster.node_of(rank),
+        dp=dp,
+        pp=pp,
+        tp=tp,
+        layers=part.layers,
+        parameters=part.parameters,
+        memory=part.memory,
+        most_activations=part.kept,
+        bytes_per_step=part.sent,
+        pipeline_wait_s=part.waited_s,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 from minidp.parallel.pipeline_schedules import SCHEDULES
 
@@ -58,3 +59,8 @@ def choose(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             "--workers out"
         )
     args.workers = math.prod((args.dp, args.tp, args.pp))
+
+
+def cluster(args: argparse.Namespace) -> dict[str, Any]:
+    """What the virtual cluster is by default: the parts of a layer share a node, for they talk in each layer."""
+    return {"ranks_per_node": args.tp} if args.hybrid else {}

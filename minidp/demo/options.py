@@ -109,7 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="draw to FILE (.png, .svg, .pdf): in the virtual world the timeline of two steps; with --strategy "
-        "how loss falls with time, and staleness; with --compress all accuracy against bytes and time",
+        "how loss falls with time, and staleness (hybrid: one step of a replica's stages); with --compress all "
+        "accuracy against bytes and time",
     )
     add(
         "--world",
@@ -143,9 +144,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="bytes a second, of a node's port (default: 1.25e9; for --compress all 1.25e8)",
     )
     add("--latency", type=float, help="of a message, in seconds (default: 5e-6)")
-    add("--jitter", type=float, help="spread of computing times (default: 0; with --strategy 0.1)")
+    add("--jitter", type=float, help="spread of computing times (default: 0; with --strategy, but hybrid, 0.1)")
     add("--topology", choices=("switch", "ring", "fat_tree"), help="how nodes are wired (default: switch)")
-    add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1)")
+    add("--ranks-per-node", type=int, help="workers that share a node's port (default: 1; hybrid: tp)")
     args = parser.parse_args(argv)
     compress_options.choose(parser, args)
     hybrid_options.choose(parser, args)
@@ -232,10 +233,11 @@ def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Clust
     if args.world != "virtual":
         if given:
             parser.error(f"--{given[0].replace('_', '-')} describes a virtual cluster: add --world virtual")
-        if args.plot is not None and not args.compare:
+        if args.plot is not None and not args.compare and not args.hybrid:
             parser.error("--plot draws the timeline of a virtual cluster: add --world virtual")
         return None
-    for name, default in (_CLUSTER | strategy_options.cluster(args) | compress_options.cluster(args)).items():
+    of_kind = strategy_options.cluster(args) | hybrid_options.cluster(args) | compress_options.cluster(args)
+    for name, default in (_CLUSTER | of_kind).items():
         if name not in given:
             setattr(args, name, default)
     if args.ranks_per_node < 1:

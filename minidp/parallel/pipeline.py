@@ -161,8 +161,9 @@ class Pipeline:
 
     def _all_left(self) -> None:
         """Wait until all messages have left: what they were sent from may change afterwards."""
-        for dst in list(self._leaving):
-            self._left(dst)
+        with trace.span("wait until sent", "wait"):
+            for dst in list(self._leaving):
+                self._left(dst)
 
     def _like(self, result: Tensor) -> Array:
         return self._empty(result.shape, result.dtype)

@@ -19,6 +19,7 @@ from minidp.trace.recorder import Event
 
 _GLYPHS = {"compute": "█", "wait": "·", "communication": "▒", "data": "="}
 _MORE_GLYPHS = "+ox#*%@&"  # for other categories, then "?"
+_LINE = 80  # of a usual terminal: the shares then stand closer
 _TICKS = 1000  # a cell: times are rounded to them, so that rounding errors of clocks never fill a cell
 
 
@@ -98,8 +99,9 @@ def _shares(line: Timeline) -> list[str]:
         columns.append(["overlapped", *(percent(overlapped_s(lane)) for lane in line.lanes)])
         notes = ["", "stream: what ran beside the rank itself; overlapped: the part of that during compute"]
     widths = [max(map(len, column)) for column in columns]
+    gap = "   " if sum(widths) + 3 * (len(widths) - 1) <= _LINE else "  "
     rows = (
-        "   ".join([f"{label:{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(cells, widths[1:]))])
+        gap.join([f"{label:{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(cells, widths[1:]))])
         for label, *cells in zip(*columns)
     )
     return [*rows, *notes]
