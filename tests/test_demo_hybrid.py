@@ -66,9 +66,8 @@ def test_on_the_virtual_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (result["micro_batches"], result["schedule"], result["most_activations"]) == (8, "1f1b", 2)
     assert result["parameters"] == LAYERS[0] + LAYERS[1]
     assert result["idle_share_formula"] == pytest.approx(1 / 9)
-    assert 0.05 < result["idle_share"] < 0.2
-    waited = sum(seat["pipeline_wait_s"] for seat in result["ranks"])
-    assert result["idle_share"] == pytest.approx(waited * result["steps_per_s"] / result["steps"] / 2, rel=1e-3)
+    assert 1 / 9 <= result["idle_share"] < 0.2, "stages are not quite alike, and messages take time"
+    assert all(seat["pipeline_wait_s"] > 0 for seat in result["ranks"])
     assert [seat["node"] for seat in result["ranks"]] == [0, 1]
     assert [seat["layers"] for seat in result["ranks"]] == [["0", "1", "2"], ["3", "4", "5", "6"]]
     assert 1.5 < result["steps_per_s"] / result["steps_per_s_one_worker"] < 2

@@ -181,8 +181,8 @@ class Busy(nn.Module):
         return y
 
 
-def busy_stages(comm: Any, m: int, name: str) -> tuple[float, float, float, int]:
-    """(start, end, seconds of waiting, activations at most) of a step's forwards and backwards."""
+def busy_stages(comm: Any, m: int, name: str) -> tuple[float, float, float, float, float]:
+    """(start, end, seconds of waiting, of work, of all) of a step's forwards and backwards."""
     p = comm.world_size
     model = nn.Sequential(*(Busy() for _ in range(p)))
     mesh = parallel.Mesh(comm, pp=p)
@@ -203,7 +203,7 @@ def busy_stages(comm: Any, m: int, name: str) -> tuple[float, float, float, int]
     assert layer.most_alive <= kept + 1, "arrays that nobody needs are let go"
     if stage == p - 1:
         assert layer.most_alive <= kept
-    return start, end, metrics["pipeline_wait_s"], int(metrics["most_activations"])
+    return start, end, *(metrics[name] for name in ("pipeline_wait_s", "pipeline_work_s", "pipeline_s"))
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
@@ -217,3 +217,5 @@ def test_idle_share_on_the_virtual_clock(name: str) -> None:
         assert 1 - m * 3.0 / whole == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
         assert results[0][1] - start == pytest.approx(whole, rel=1e-12), "the first stage is the last to end"
         assert results[0][2] == pytest.approx((p - 1) * 3.0, abs=1e-9), "and waits for all the others"
+        told = 1 - sum(work for *_, work, _ in results) / (p * results[0][4])
+        assert told == pytest.approx((p - 1) / (m + p - 1), abs=1e-12), "what metrics tell"

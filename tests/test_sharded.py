@@ -321,6 +321,19 @@ def test_buckets_leave_in_order_in_backward_or_in_step() -> None:
     assert log[-6:] == [f"#{k}" for k in range(6)]
 
 
+def test_a_gradient_that_has_not_left_is_no_silent_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    s = sharded(model, optim.SGD(model.parameters(), lr=0.1), comm_self(), 2, accumulation_steps=2)
+    x, y = np.ones((2, 4), np.float32), np.zeros(2, int)
+    s.forward_backward(x, y, F.cross_entropy)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="gradients that have not left"):
+        s.step()
+    s.discard()
+    s.forward_backward(x, y, F.cross_entropy)
+    s.step()
+
+
 def test_a_backward_inside_of_backward_is_no_silent_error() -> None:
     for of in (2, 0):  # in the middle, and when all have left
         model = small_model()

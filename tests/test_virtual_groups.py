@@ -12,6 +12,8 @@ import pytest
 import minidp
 from minidp import backend
 from minidp.comm import ANY, costs
+from minidp.comm.movement import Group, Movement, by_waves
+from minidp.comm.venue import Venue
 from minidp.sim import Cluster
 
 
@@ -210,3 +212,17 @@ def test_none_of_the_algorithms_is_faster_than_the_default(nodes: int, ranks_per
     algorithms = [None, *costs.ALL_REDUCE]
     default, *named = run(all_reduce_times, nodes * ranks_per_node, nbytes, algorithms, cluster=cluster)[0]
     assert default == pytest.approx(min(named), rel=1e-9)
+
+
+@pytest.mark.parametrize("nbytes", [64, 10**6, 16 * 10**6])
+@pytest.mark.parametrize("ranks", [256, 264, 512])
+def test_many_ranks_that_share_ports_take_the_fastest_too(ranks: int, nbytes: int) -> None:
+    cluster = Cluster(ranks // 8, ranks_per_node=8, latency_s=5e-6, bandwidth_bytes_per_s=2.5e10)
+    group = Group(Venue(cluster, ranks), range(ranks), "many")
+    free = np.zeros(len(group.venue.network.free))
+    times = {
+        name: by_waves(group, free.copy(), Movement(name, 0, nbytes, 1), 0.0)
+        for name in ("ring", "binomial_tree", "recursive_doubling", "halving_doubling")
+    }
+    chosen = group.fastest(nbytes)
+    assert chosen == "direct" if nbytes == 64 else times[chosen] == min(times.values())

@@ -57,6 +57,8 @@ class Part:
     steps: int
     epoch_s: list[float]
     waited_s: float
+    worked_s: float
+    lasted_s: float
     loss: float
     accuracy: float
     state: dict[str, np.ndarray] = field(default_factory=dict)
@@ -158,6 +160,8 @@ def train(comm: Communicator, job: Job, plan: Plan) -> Part:
         steps=steps,
         epoch_s=epoch_s,
         waited_s=metrics["pipeline_wait_s"],
+        worked_s=metrics["pipeline_work_s"],
+        lasted_s=metrics["pipeline_s"],
         loss=loss_sum / seen,
         accuracy=correct / count,
         state=state if comm.rank == 0 else {},
@@ -230,7 +234,7 @@ class Outcome:
     bytes_per_step: dict[str, float]
     """Sent along each axis by a rank, at most."""
     idle_share: float | None
-    """Waiting for other stages, of the steps' time, the mean over ranks; None without a pipeline."""
+    """Of the stages' time from the first forward to the last backward; None without a pipeline."""
     idle_share_formula: float | None
     steps_per_s_one_worker: float
     steps_per_s: float
@@ -251,7 +255,9 @@ def outcome_of(
 ) -> Outcome:
     """``few``: the relative differences after few steps, in float64 and in float32."""
     ranks, m, p = len(many), many[0].micro_batches, plan.pp
-    waited = sum(part.waited_s for part in many) / sum(sum(part.epoch_s) for part in many)
+    # Of each replica the first stage tells how long a pipeline takes: its backward is the last.
+    whole = sum(part.lasted_s for rank, part in enumerate(many) if rank // plan.tp % p == 0) * p
+    idle = 1 - sum(part.worked_s for part in many) / whole
     return Outcome(
         model=job.task.model,
         dataset=job.task.dataset,
@@ -275,7 +281,7 @@ def outcome_of(
         memory={what: sum(part.memory[what] for part in many) / ranks for what in one.memory},
         most_activations=max(part.kept for part in many),
         bytes_per_step={axis: max(part.sent[axis] for part in many) for axis in AXES},
-        idle_share=waited if p > 1 else None,
+        idle_share=idle if p > 1 else None,
         idle_share_formula=(p - 1) / (m + p - 1) if p > 1 else None,
         steps_per_s_one_worker=_steps_per_s(one),
         steps_per_s=_steps_per_s(many[0]),

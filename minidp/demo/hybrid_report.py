@@ -157,7 +157,7 @@ def figures(outcome: Outcome) -> Table:
     if outcome.idle_share is not None and outcome.idle_share_formula is not None:
         section(
             "idle, waiting for other stages",
-            ("measured, mean of all ranks", "0%", f"{outcome.idle_share:.1%}"),
+            ("measured, all stages together", "0%", f"{outcome.idle_share:.1%}"),
             ("(p − 1)/(m + p − 1), stages alike", "0%", f"{outcome.idle_share_formula:.1%}"),
         )
     turns = f", {ranks} on {number(outcome.cores, 'core')}" * _turns(outcome)

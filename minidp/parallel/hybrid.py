@@ -11,7 +11,7 @@ computed of different samples, is just what `DataParallel` averages and updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minidp.autograd import Tensor
@@ -26,7 +26,7 @@ from minidp.parallel.micro_batches import MicroBatches
 from minidp.parallel.parallelize import parallelize, whole_or_not
 from minidp.parallel.pipeline import Pipeline
 from minidp.parallel.replica import Replica
-from minidp.parallel.stages import Unit, balanced, chain, check_whole, count_flops, keep_stage
+from minidp.parallel.stages import chain, check_whole, keep_stage, stage_bounds
 from minidp.parallel.state import StateDict, Stateful
 from minidp.parallel.whole import Whole
 
@@ -118,7 +118,7 @@ class HybridParallel(Stateful):
             self.whole = Whole(model, mesh)
             units = chain(model, mesh.tp > 1)
             self.layers = tuple(unit.name for unit in units)
-            self.bounds = self._balanced(units, example)
+            self.bounds = stage_bounds(model, units, mesh, example)
             cuts = parallelize(model, mesh.tensor)
             self.whole.spread(keep_stage(model, units, self.bounds, at.pp), cuts)
             copies = [name for name, _ in model.named_parameters() if name not in cuts] if at.tp else []
@@ -155,29 +155,6 @@ class HybridParallel(Stateful):
         for array in (*(p.data for p in self.model.parameters()), *self.model.buffers()):
             self.comm.broadcast(array, 0)
         self.model.init_seed = self.comm.broadcast_object(self.model.init_seed, 0, f"{self.label}(…)")
-
-    def _balanced(self, units: Sequence[Unit], example: Any) -> list[tuple[int, int]]:
-        """Which units each stage has: (lo, hi). Counted by rank 0, the same on all. Collective."""
-        pp = self.mesh.pp
-        if pp > len(units):
-            names = ", ".join(unit.name for unit in units)
-            pairs = ", two layers that tp cuts together counted as one" if self.mesh.tp > 1 else ""
-            raise ValueError(
-                f"pp={pp} stages, but the model is a chain of {len(units)} layers ({names}{pairs}): take "
-                f"pp of 1 to {len(units)}"
-            )
-        if pp == 1:
-            return [(0, len(units))]
-        outcome: tuple[list[tuple[int, int]], str] = [], ""
-        if self.comm.rank == 0:
-            try:
-                outcome = balanced(count_flops(self.model, units, example), pp), ""
-            except ValueError as error:
-                outcome = [], str(error)
-        bounds, problem = self.comm.broadcast_object(outcome, 0, f"{self.label}(…) stages")
-        if problem:
-            raise ValueError(problem)
-        return list(bounds)
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -248,11 +225,18 @@ class HybridParallel(Stateful):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """See `Strategy.metrics` (bytes of gradients and parameters, along dp). Besides: all bytes that this rank
-        has sent along each axis of the mesh, seconds that it has waited for other stages, and how many
-        micro-batches' activations, at most, it kept at a time."""
+        """See `Strategy.metrics` (bytes of gradients and parameters, along dp). Besides, of this rank: all bytes
+        sent along each axis; seconds that it has waited for messages of other stages, has computed, and was in
+        ``forward_backward`` (``pipeline_s``: on the first stage that is what a pipeline takes, and 1 − all stages'
+        work over so much for each is its idle share); and the most micro-batches whose activations it kept."""
         along = {f"{axis}_bytes_sent": float(sent) for axis, sent in self.mesh.traffic().items()}
-        stages = {"pipeline_wait_s": self._pipeline.waited_s, "most_activations": float(self._pipeline.most_kept)}
+        pipeline = self._pipeline
+        stages = {
+            "pipeline_wait_s": pipeline.waited_s,
+            "pipeline_work_s": pipeline.worked_s,
+            "pipeline_s": pipeline.lasted_s,
+            "most_activations": float(pipeline.most_kept),
+        }
         return self._inner.metrics | along | stages
 
     @property

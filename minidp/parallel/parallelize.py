@@ -70,7 +70,8 @@ def parallelize(model: Module, comm: Communicator) -> dict[str, Cut]:
     if not cuts:
         raise ValueError(
             f"tp={comm.world_size}: this model has no layers that can be cut (a GPT, a TransformerBlock, or two "
-            "Linear in a Sequential with only activations between): take tp=1, or see parallel.cut_layers"
+            "Linear in a Sequential with only activations between; not what stands in two places): take tp=1, or "
+            "see parallel.cut_layers"
         )
     first: dict[int, str] = {}
     for name, parameter in model.all_named_parameters():

@@ -46,7 +46,7 @@ class Pipeline:
         self.comm, self.stage, self.stages = comm, comm.rank, comm.world_size
         self._units, self._strategy = units, strategy
         self._leaving: dict[int, list[Work]] = {}  # by receiver: the last message, which may still be on its way
-        self.waited_s = 0.0
+        self.waited_s = self.worked_s = self.lasted_s = 0.0
         self.most_kept = 0
         """Micro-batches, at most, whose activations this stage kept at the same time."""
 
@@ -70,17 +70,21 @@ class Pipeline:
         Args:
             batches: (x, y) of each micro-batch, on all stages: the first one looks at x, the last one at y.
         """
+        now = self.comm.now
+        begun, worked = now(), 0.0
         kept: dict[int, tuple[Any, Tensor]] = {}  # by micro-batch: what came in, what became of it
         losses: list[tuple[Array, int]] = []
         for _, _, j, kind in schedule.of_stage(self.stage):
             x, y = batches[j]
             if kind == "forward":
                 given = x if self.first else self._receive(self.stage - 1, FORWARD)
+                start = now()
                 with trace.span(f"F{j}" if self.stages > 1 else "forward", "compute"):
                     result = self._through(given)
                     if self.last:
                         result = loss_fn(result, y)
                         losses.append((result.data, len(x)))
+                worked += now() - start
                 if not self.last:
                     self._send(result.data, self.stage + 1, FORWARD)
                 kept[j] = given, result
@@ -92,9 +96,13 @@ class Pipeline:
                     gradient = self._comm_recv(self._like(result), self.stage + 1, BACKWARD)
                 if self.stages > 1:
                     self._strategy._in_traces = f"B{j}"
+                start = now()
                 self._strategy.backward(result, len(x), gradient)
+                worked += now() - start
                 if not self.first:
                     self._send_gradient(given)
+        self.worked_s += worked
+        self.lasted_s += now() - begun  # of the first stage, whose backward is the last, that is the whole
         self._all_left()
         mean = _mean(losses) if self.last else None
         return Tensor(mean if self.stages == 1 else self._from_last(mean))

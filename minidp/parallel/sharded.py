@@ -7,8 +7,8 @@ its own share alone: one slice of each bucket.
     update            w' ← rule(w, g) of its slices, with its share of the state
     all-gather        everybody gets everybody's slices of w'
 
-An all-reduce is just that, a reduce-scatter and an all-gather, so nothing more is sent than without sharding; the
-update has moved in between, and is done once instead of N times.
+An all-reduce is just that, a reduce-scatter and an all-gather, so that (but for padding) nothing more is sent than
+without sharding; the update has moved in between, and is done once instead of N times.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class ShardedDataParallel(Strategy):
     Memory a rank, Ψ elements of s bytes, all of it the rank's own (``memory`` counts it): stage 1 (2 + slots/N)
     Ψs, stage 2 (1 + (1 + slots)/N) Ψs; with Adam in float32 8Ψ + 8Ψ/N and 4Ψ + 12Ψ/N bytes, instead of 16Ψ.
     Besides, what one bucket travels in, 1 + 1/N times its size, or twice that of halves, which are summed (and in
-    stage 2 kept) in float32. Slices are of whole pieces of at most 1024 elements, so that a rank's share may
-    differ from 1/N by a piece a bucket.
+    stage 2 kept) in float32; and in stage 2, during backward, the gradients of a bucket that is not complete: it
+    saves memory where there are several buckets. Slices are of whole pieces of at most 1024 elements, so that a
+    rank's share may differ from 1/N by a piece a bucket.
 
     Cost of a step: a reduce-scatter and an all-gather a bucket, together 2(N−1)/N Ψs bytes sent a rank where
     slices are equal; else they are padded, and ``bytes_sent`` of ``metrics`` has what was counted. Two meetings
@@ -87,7 +88,7 @@ class ShardedDataParallel(Strategy):
         clip_norm: float | None = None,
         check_finite: bool = True,
     ) -> None:
-        if stage not in (1, 2):
+        if isinstance(stage, bool) or stage not in (1, 2):
             raise ValueError(f"stage={stage!r}: 1 (the optimizer's state is sharded) or 2 (gradients, too)")
         self.stage, self.bucket_cap_mb = int(stage), bucket_cap_mb
         super().__init__(model, optimizer, comm, accumulation_steps, clip_norm, check_finite)
@@ -158,6 +159,11 @@ class ShardedDataParallel(Strategy):
                 segment.parameter.grad = None
 
     def _reduce_and_update(self, samples: int) -> None:
+        if self.stage == 2 and any(segment.parameter.grad is not None for segment in self.layout.segments):
+            raise RuntimeError(
+                "there are gradients that have not left: with stage=2 they leave in strategy.backward(loss, "
+                "samples=n) alone. Call it in place of loss.backward(), or discard()"
+            )
         with trace.span("wait for gradients", "wait"):
             try:
                 total = self._departures.meet(samples)

@@ -24,6 +24,7 @@ import numpy as np
 from minidp.autograd import no_grad
 from minidp.backend import meter
 from minidp.nn import GPT, Dropout, Embedding, Linear, Module, Sequential
+from minidp.parallel.mesh import Mesh
 from minidp.parallel.parallelize import pairs
 from minidp.parallel.tensor_parallel import ParallelModule
 
@@ -171,6 +172,33 @@ def balanced(costs: Sequence[float], stages: int) -> list[tuple[int, int]]:
         fits = (j for j in range(units - k, i, -1) if max(sums[j] - sums[i], least[k, j]) <= bound)
         edges.append(next(fits))
     return list(pairwise([*edges, units]))
+
+
+def stage_bounds(model: Module, units: Sequence[Unit], mesh: Mesh, example: Any) -> list[tuple[int, int]]:
+    """Which units each stage of the mesh has: (lo, hi), as rank 0 has counted FLOPs, the same on all. Collective.
+
+    ValueError, on all ranks, if there are fewer units than stages, or no `example` where one is needed.
+    """
+    pp = mesh.pp
+    if pp > len(units):
+        names = ", ".join(unit.name for unit in units)
+        pairs = ", two layers that tp cuts together counted as one" if mesh.tp > 1 else ""
+        raise ValueError(
+            f"pp={pp} stages, but the model is a chain of {len(units)} layers ({names}{pairs}): take pp of 1 to "
+            f"{len(units)}"
+        )
+    if pp == 1:
+        return [(0, len(units))]
+    outcome: tuple[list[tuple[int, int]], str] = [], ""
+    if mesh.world.rank == 0:
+        try:
+            outcome = balanced(count_flops(model, units, example), pp), ""
+        except ValueError as error:
+            outcome = [], str(error)
+    bounds, problem = mesh.world.broadcast_object(outcome, 0, "HybridParallel(…) stages")
+    if problem:
+        raise ValueError(problem)
+    return list(bounds)
 
 
 def keep_stage(

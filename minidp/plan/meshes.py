@@ -13,7 +13,7 @@ about the same; here every message is timed on the virtual network instead (`axe
 
 Left out: jitter and stragglers; that messages of different axes hinder each other; what `HybridParallel` tells in
 single numbers. Of groups along dp that share a port, those of other stages set out at the same time. As everywhere
-in the virtual world the algorithm of an all-reduce is the one that is best where each rank has a port of its own.
+in the virtual world an all-reduce takes the algorithm that is fastest where nothing else is under way.
 """
 
 from __future__ import annotations
