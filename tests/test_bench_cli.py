@@ -220,7 +220,9 @@ sys.exit(cli.main(["virtual", "--pairs", "500", "--burst", "0.02"]))
 @needs_mpich
 def test_all_reduce_beside_mpich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allreduce, "ENTRANTS", (roster.OURS_2, roster.MPICH))
+    before = set(Path("/dev/shm").iterdir())
     report = run_bench(tmp_path / "out.json", "allreduce", "--quick", "--sizes", "4K")
+    assert set(Path("/dev/shm").iterdir()) <= before, "MPICH's too"
     check_schema(report, "allreduce", 1)
     assert report["missing"] == []
     ours, mpich = report["lines"]

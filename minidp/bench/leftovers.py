@@ -43,6 +43,17 @@ def segments() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if not name.startswith("mpich_shm")}
 
 
+def named_memory(pid: int) -> set[Path]:
+    """What a process uses of /dev/shm under a name: MPICH removes its own only if it ends in its own time."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {
+        Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line
+    }
+
+
 def children() -> set[int]:
     """Children of this process, and of its fork server: workers are the server's."""
     found, frontier = set(), {os.getpid()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minidp.bench.jobs import Job
+from minidp.bench.leftovers import named_memory
 from minidp.bench.peers.serve import Burst, Hello
 from minidp.launch import blas, interrupts
 
@@ -131,7 +132,7 @@ class Team:
         with interrupts.held():
             self.release()
             if not self._ended(LEAVE_S):
-                segments = [segment for pid in self._pids for segment in _segments(pid)]
+                segments = [segment for pid in self._pids for segment in named_memory(pid)]
                 self._signal(signal.SIGTERM)  # mpiexec ends its ranks when it is asked to
                 if not self._ended(LEAVE_S):
                     self._signal(signal.SIGKILL)
@@ -197,14 +198,3 @@ class Team:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return PeerFailed(f"{self.name} {what}" + ("".join(f"\n    {line}" for line in lines[-6:])))
-
-
-def _segments(pid: int) -> set[Path]:
-    """Named shared memory that a process uses: MPICH removes its own only if it ends in its own time."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    return {
-        Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minidp.bench.jobs import AllReduce, Training
+from minidp.bench.leftovers import named_memory
 from minidp.bench.peers.serve import Contestant, leave, serve
 
 MPI: Any = import_module("mpi4py.MPI")
@@ -60,5 +62,8 @@ def main(socket: str, world_size: int) -> None:
     contestant = Mpich()
     assert contestant.world_size == world_size, contestant.world_size
     serve(contestant, socket)
-    MPI.Finalize()  # removes its shared memory
+    segments = named_memory(os.getpid())
+    MPI.Finalize()
+    for segment in segments:  # MPICH would remove them, but only as the interpreter ends, which is not waited for
+        segment.unlink(missing_ok=True)
     leave()
