@@ -61,7 +61,7 @@ def test_every_schedule_is_right(name: str) -> None:
         for s in range(p):
             assert schedule.of_stage(s) == [a for a in schedule.actions if a.stage == s]
             assert (
-                schedule.most_in_flight(s) == (m if name == "gpipe" else min(m, p - s)) <= (m, p)[name == "1f1b"]
+                schedule.most_in_flight()[s] == (m if name == "gpipe" else min(m, p - s)) <= (m, p)[name == "1f1b"]
             )
 
 
@@ -124,6 +124,14 @@ def test_idle_share_of_equal_stages(name: str, forward_s: float, backward_s: flo
         assert idle_share(spans) == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
     if forward_s == backward_s:
         assert all(span.start == span.action.step for span in spans), "a slot is a second"
+
+
+def test_timetable_of_messages_that_differ() -> None:
+    """From stage 0 to 1 half a second, back a quarter."""
+    spans = timetable(
+        schedules.gpipe(2, 1), [1.0, 1.0], [1.0, 1.0], lambda src, dst: {(0, 1): 0.5, (1, 0): 0.25}[src, dst]
+    )
+    assert [(start, end) for _, start, end in spans] == [(0, 1), (1.5, 2.5), (2.5, 3.5), (3.75, 4.75)]
 
 
 def test_timetable_of_unequal_stages_and_slow_messages() -> None:
@@ -196,7 +204,7 @@ def busy_stages(comm: Any, m: int, name: str) -> tuple[float, float, float, floa
     end = comm.now()
     metrics = s.metrics
     stage = mesh.coordinates.pp
-    kept = schedules.get(name, p, m).most_in_flight(stage)
+    kept = schedules.get(name, p, m).most_in_flight()[stage]
     assert metrics["most_activations"] == kept <= (p if name == "1f1b" else m)
     layer = next(layer for layer in model if isinstance(layer, Busy))
     assert len(layer.results) == m + (comm.rank == 0 and p > 1)  # rank 0 has counted FLOPs

@@ -179,7 +179,7 @@ def test_activations_of_stages(schedule: str) -> None:
     stages = stages_of(work, Clock(ROOM, 4), Mesh(1, 1, 4))
     actions = pipeline_schedules.get(schedule, 4, 8)
     needs = [
-        (2 * 4 * stage.parameters + actions.most_in_flight(s) * stage.kept_bytes(4), stage.blocks)
+        (2 * 4 * stage.parameters + actions.most_in_flight()[s] * stage.kept_bytes(4), stage.blocks)
         for s, stage in enumerate(stages)
     ]
     assert found.memory_bytes == max(needs)[0]
@@ -312,8 +312,8 @@ def test_idle_share_is_the_law() -> None:
             assert found.data_s == found.tensor_s == 0
 
 
-def test_own_walk_equals_the_timetable() -> None:
-    """Of equal transfers: `run` is `timetable` with a time for each pair of stages."""
+def test_what_stages_do_is_the_timetables() -> None:
+    """The last backward of each, and the most micro-batches under way."""
     work = Work(SMALL, 32, 4, "1f1b", "sgd", 4, 25)
     stages = stages_of(work, Clock(ROOM, 4), Mesh(1, 1, 4))
     for name in pipeline_schedules.SCHEDULES:
@@ -323,7 +323,7 @@ def test_own_walk_equals_the_timetable() -> None:
         for s, each in enumerate(run(schedule, stages, [1e-5] * 3, [1e-5] * 3)):
             own = [span for span in spans if span.action.stage == s]
             assert (each.last_backward, each.end) == (own[-1].start, own[-1].end)
-            assert each.most == schedule.most_in_flight(s)
+            assert each.most == schedule.most_in_flight()[s]
 
 
 def test_parts_add_up_and_one_rank_is_ideal() -> None:

@@ -52,12 +52,12 @@ class PipelineSchedule(NamedTuple):
         """What one stage does, in its order."""
         return [action for action in self.actions if action.stage == stage]
 
-    def most_in_flight(self, stage: int) -> int:
-        """How many micro-batches, at most, have gone forward through a stage and not yet back."""
-        most = now = 0
-        for action in self.of_stage(stage):
-            now += 1 if action.kind == "forward" else -1
-            most = max(most, now)
+    def most_in_flight(self) -> list[int]:
+        """How many micro-batches, at most, have gone forward through each stage and not yet back."""
+        most, now = [0] * self.stages, [0] * self.stages
+        for _, stage, _, kind in self.actions:
+            now[stage] += 1 if kind == "forward" else -1
+            most[stage] = max(most[stage], now[stage])
         return most
 
 
@@ -115,13 +115,14 @@ def timetable(
     schedule: PipelineSchedule,
     forward_s: Sequence[float],
     backward_s: Sequence[float],
-    transfer_s: float = 0.0,
+    transfer_s: float | Callable[[int, int], float] = 0.0,
 ) -> list[Span]:
     """When each action runs, in the order of ``schedule.actions``.
 
     An action begins when its stage has ended the one before it and its input is there: of a forward the
     activations of the stage before, of a backward the gradients from the stage after. ``forward_s[s]``,
-    ``backward_s[s]``: of one micro-batch in stage s; ``transfer_s``: of a message, which nothing else waits for.
+    ``backward_s[s]``: of one micro-batch in stage s; ``transfer_s``: of a message, which nothing else waits for,
+    or a function of the stages that it goes from and to.
     """
     free = [0.0] * schedule.stages
     done: dict[tuple[Kind, int, int], float] = {}
@@ -131,7 +132,8 @@ def timetable(
         ready = 0.0
         source = stage - 1 if kind == "forward" else stage + 1
         if 0 <= source < schedule.stages:
-            ready = done[kind, source, micro_batch] + transfer_s
+            message_s = transfer_s(source, stage) if callable(transfer_s) else transfer_s
+            ready = done[kind, source, micro_batch] + message_s
         start = max(free[stage], ready)
         free[stage] = end = start + (forward_s if kind == "forward" else backward_s)[stage]
         done[kind, stage, micro_batch] = end

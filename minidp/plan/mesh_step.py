@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from minidp.comm.rehearsal import Collective, Compute
 from minidp.parallel import pipeline_schedules
-from minidp.parallel.pipeline_schedules import Kind, PipelineSchedule
+from minidp.parallel.pipeline_schedules import PipelineSchedule
 from minidp.parallel.stages import balanced
 from minidp.parallel.timing import Layer, described_step
 from minidp.plan.axes import Clock, Mesh
@@ -119,6 +119,7 @@ def stages_of(work: Work, clock: Clock, mesh: Mesh) -> list[Stage]:
 
 @lru_cache(maxsize=64)
 def cut_units(flops: tuple[float, ...], stages: int) -> list[tuple[int, int]]:
+    """`balanced`, which many meshes ask for alike."""
     return balanced(flops, stages)
 
 
@@ -165,25 +166,20 @@ def times_of(work: Work, clock: Clock, mesh: Mesh, stages: Sequence[Stage]) -> t
 def run(
     schedule: PipelineSchedule, stages: Sequence[Stage], onward: Sequence[float], back: Sequence[float]
 ) -> list[Run]:
-    """`timetable`, with each pair of stages' own time of a message: some pairs share a node, others do not.
+    """What each stage does in a schedule.
 
-    ``onward[s]``: seconds of activations from stage s to s + 1; ``back[s]``: of gradients from s + 1 to s.
+    ``onward[s]``: seconds of activations from stage s to s + 1; ``back[s]``: of gradients from s + 1 to s. Some
+    pairs of stages share a node, others do not.
     """
-    p = schedule.stages
-    free, begun, under_way, most = [0.0] * p, [0.0] * p, [0] * p, [0] * p
-    done: dict[tuple[Kind, int, int], float] = {}
-    for _, s, micro_batch, kind in schedule.actions:
-        ready, forward = 0.0, kind == "forward"
-        if forward and s:
-            ready = done[kind, s - 1, micro_batch] + onward[s - 1]
-        elif not forward and s + 1 < p:
-            ready = done[kind, s + 1, micro_batch] + back[s]
-        begun[s] = max(free[s], ready)
-        free[s] = begun[s] + (stages[s].forward_s if forward else stages[s].backward_s)
-        done[kind, s, micro_batch] = free[s]
-        under_way[s] += 1 if forward else -1
-        most[s] = max(most[s], under_way[s])
-    return [Run(*each) for each in zip(begun, free, most)]
+    forward_s, backward_s = [stage.forward_s for stage in stages], [stage.backward_s for stage in stages]
+
+    def transfer_s(source: int, target: int) -> float:
+        return onward[source] if source < target else back[target]
+
+    spans = pipeline_schedules.timetable(schedule, forward_s, backward_s, transfer_s)
+    last = {span.action.stage: span for span in spans}
+    most = schedule.most_in_flight()
+    return [Run(last[s].start, last[s].end, most[s]) for s in range(schedule.stages)]
 
 
 def gradients_known(work: Work, clock: Clock, dp: int, stage: Stage, run: Run) -> float:
