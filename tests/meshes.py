@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -99,3 +101,16 @@ def everything(s: Any) -> State:
         found |= {f"{slot}.{name}": np.array(array) for name, array in arrays.items()}
     s.forget()
     return found
+
+
+@cache
+def exact(*shape: int, seed: int = 0) -> Any:
+    rng = np.random.default_rng([seed, *shape])
+    out = np.empty(shape, object)
+    for i in np.ndindex(shape):
+        out[i] = Fraction(int(rng.integers(-9, 10)), int(rng.integers(1, 8)))
+    return out
+
+
+def is_exact(array: np.ndarray) -> bool:
+    return array.dtype == object and all(isinstance(v, Fraction | int) for v in array.ravel())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -14,22 +13,9 @@ import minidp
 from minidp import nn, optim, parallel
 from minidp.nn import functional as F
 from minidp.parallel.stages import balanced, chain, count_flops, example_for
+from tests.meshes import exact, is_exact
 from tests.told import told
 from tests.training import spawned
-
-
-@cache
-def exact(*shape: int, seed: int = 0) -> Any:
-    rng = np.random.default_rng([seed, *shape])
-    out = np.empty(shape, object)
-    for i in np.ndindex(shape):
-        out[i] = Fraction(int(rng.integers(-9, 10)), int(rng.integers(1, 8)))
-    return out
-
-
-def is_exact(array: np.ndarray) -> bool:
-    return array.dtype == object and all(isinstance(v, Fraction | int) for v in array.ravel())
-
 
 # -- the cut ---------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from fractions import Fraction
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,23 +13,11 @@ from minidp.autograd import Tensor
 from minidp.data.sharding import cut
 from minidp.parallel.cuts import Cut
 from minidp.parallel.parallelize import cuts_of, parallelize
+from tests.meshes import exact, is_exact
 from tests.told import told
 from tests.training import spawned
 
 PARTS = (1, 2, 3, 4)
-
-
-@cache
-def exact(*shape: int, seed: int = 0) -> Any:
-    rng = np.random.default_rng([seed, *shape])
-    out = np.empty(shape, object)
-    for i in np.ndindex(shape):
-        out[i] = Fraction(int(rng.integers(-9, 10)), int(rng.integers(1, 8)))
-    return out
-
-
-def is_exact(array: np.ndarray) -> bool:
-    return array.dtype == object and all(isinstance(v, Fraction | int) for v in array.ravel())
 
 
 def joined(comm: Any, cuts: dict[str, Cut], name: str, part: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class Compute(NamedTuple):
 class Collective(NamedTuple):
     """A meeting of all ranks.
 
-    ``schedule`` "" carries no bytes, "all_reduce" is the fastest by the cost model, others are names of
+    ``schedule`` "" carries no bytes, "all_reduce" is the fastest for these ranks, others are names of
     ``schedules``. It moves an array of ``length · p^scale`` elements of ``itemsize`` bytes. With a ``stream`` it
     goes on by itself, after what that stream was given before, and a `Wait` ends it.
     """

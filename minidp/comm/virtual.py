@@ -39,8 +39,9 @@ class VirtualCommunicator(Communicator):
     Every collective begins when the last rank has come and ends for all at once. It takes what `costs.cost` says
     of its schedule, on an idle network. ``barrier`` and ``all_gather_int`` carry no bytes: they take one latency.
     ``all_reduce`` without ``algorithm`` sums in order of rank, and takes the time (and counts the bytes) of the
-    schedule that is fastest by the cost model. ``async_op`` works go on while the caller computes: the k-th of a
-    communicator ends at ``max(end of the one before, the last rank's call) + its own time``.
+    schedule that is fastest for these ranks (`movement.Group.fastest`). ``async_op`` works go on while the caller
+    computes: the k-th of a communicator ends at ``max(end of the one before, the last rank's call) + its own
+    time``.
 
     Arrays may hold Python objects, such as Fractions; a reference counts 8 bytes then.
     """

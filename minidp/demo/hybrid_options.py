@@ -21,8 +21,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "dp × tp × pp workers: replicas, each layer cut into parts, and the layers into stages. What does each "
         "hold and send, and do all together end where one worker does?",
     ).add_argument
-    add("--dp", type=int, help="replicas: data parallel (default: 2, or what --workers leaves)")
-    add("--tp", type=int, help="parts of each layer: tensor parallel (default: 2, or 1 if --dp or --pp is given)")
+    add(
+        "--dp",
+        type=int,
+        help="replicas: data parallel (default: 2; or what --workers leaves, or 1, if --tp or --pp is given)",
+    )
+    add("--tp", type=int, help="parts of each layer: tensor parallel (default: 2; 1 if --dp or --pp is given)")
     add("--pp", type=int, help="stages: pipeline parallel (default: 1)")
     add("--micro-batches", type=int, metavar="M", help="pieces of a replica's batch (default: 4 a stage, or 1)")
     add("--schedule", choices=SCHEDULES, help="in which order stages take them (default: 1f1b)")

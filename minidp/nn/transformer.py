@@ -45,7 +45,7 @@ class MultiHeadAttention(Module):
                 f"take one of {', '.join(str(h) for h in range(1, embed_dim + 1) if embed_dim % h == 0)} heads"
             )
         self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
-        self.width = embed_dim  # of the heads that are here, together: a tensor-parallel rank has some of them
+        self.width = embed_dim  # of all heads that are here, together
         self.in_proj_weight = Parameter(np.zeros((3 * embed_dim, embed_dim), dtype=np.float32))
         self.in_proj_bias = Parameter(np.zeros(3 * embed_dim, dtype=np.float32)) if bias else None
         self.out_proj = Linear(embed_dim, embed_dim, bias)
