@@ -201,6 +201,57 @@ def test_calls_that_follow_each_other_are_not_one_stay() -> None:
         assert len(seen) > len(stays), "one is seen several times"
 
 
+WATCHED = """
+import gc, os, random, sys, time
+import numpy as np
+from minidp import nn
+from minidp.autograd import Tensor
+from minidp.launch.whereabouts import Sampler
+from tests.test_whereabouts import Blackboard
+
+class Dies:
+    def __del__(self):
+        for _ in range(50):  # long enough for another thread to come
+            pass
+
+def deep(n):  # over a chunk of the interpreter's stack, which is mapped and unmapped as it grows and shrinks
+    if n:
+        return deep(n - 1)
+    for _ in range(3):
+        dies = Dies()
+        dies.itself = dies  # only the garbage collector can
+
+class Layer(nn.Module):
+    def forward(self, x):
+        for _ in range(5):
+            gone = Dies()
+        deep(random.randrange(20, 400))
+        return x * 2
+
+model = nn.Sequential(Layer(), Layer())
+sys.setswitchinterval(1e-6)
+gc.set_threshold(50)
+board = Blackboard()
+Sampler(board, 0, 1e-5).start()
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    model(Tensor(np.ones(3), requires_grad=True)).sum().backward()
+    board.notes = board.notes[-500:]
+assert any("layer" in place for place, _ in board.notes)
+print("alive", flush=True)
+os._exit(0)
+"""
+
+
+def test_looking_at_a_thread_that_runs_is_safe() -> None:
+    """Without care about garbage collections this program ends by SIGSEGV within a second (Python 3.11)."""
+    script = Script(WATCHED)
+    try:
+        assert script.finish()[:2] == (0, "alive\n")
+    finally:
+        script.clean()
+
+
 def test_odd_programs_do_not_end_the_looking() -> None:
     board: Any = Blackboard()
     sampler = Sampler(board, 0, every_s=0.01)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minidp.autograd.underway import under_way
 from minidp.backend import Array, array_types, asarray, current_meter
 
 if TYPE_CHECKING:
@@ -27,12 +28,21 @@ def backward(root: Tensor, gradient: Any = None) -> None:
     if root.grad_fn is None:
         root._accumulate(grad, fresh=False)
         return
-    waiting, uses = _consumers(root.grad_fn)
-    grads: dict[Function, Array] = {root.grad_fn: grad}
-    ready = [root.grad_fn]
+    try:
+        _walk(root.grad_fn, grad)
+    finally:
+        under_way.node = None
+
+
+def _walk(root: Function, grad: Array) -> None:
+    """From the node `root`, whose gradient is `grad`, to the leaves."""
+    waiting, uses = _consumers(root)
+    grads: dict[Function, Array] = {root: grad}
+    ready = [root]
     meter = current_meter()
     while ready:
         fn = ready.pop()
+        under_way.node = fn
         grad = grads.pop(fn)
         results = fn.backward(grad)
         inputs = fn.inputs

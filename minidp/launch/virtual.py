@@ -15,6 +15,7 @@ from typing import Any
 
 import threadpoolctl
 
+from minidp.autograd.underway import under_way
 from minidp.backend import HOST, Device
 from minidp.comm.endpoint import Endpoint
 from minidp.comm.errors import in_words
@@ -69,7 +70,10 @@ def run(
         _tagged_records(),
         telling(partial(_tell, venue)),
     ):
-        venue.run(lives)
+        try:
+            venue.run(lives)
+        finally:
+            under_way.forget()
     if venue.raised:
         rank, error = venue.raised[0]
         venue.raised.clear()  # their tracebacks hold the ranks' arrays, and through them this venue

@@ -1,6 +1,7 @@
 """Where a rank is, by looking: a thread reads the stack of its main thread a few times a second.
 
-So that is always known, and costs nothing where a rank works: no line is written for it in forward or backward.
+So that is always known, and costs next to nothing where a rank works: which module and which operation is under
+way is noted there (``minidp.autograd.underway``), for a thread must not read another one's local variables.
 ``python -m minidp.bench whereabouts`` measures what the looking itself takes from a step.
 
     forward, layer 3 (conv2)          a module of the model, counted and named
@@ -12,6 +13,7 @@ So that is always known, and costs nothing where a rank works: no line is writte
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -21,7 +23,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from minidp.autograd.underway import under_way
 from minidp.comm.board import Board
+from minidp.parallel.agreement import owners
 
 EVERY_S = 0.25
 ASK = getattr(signal, "SIGUSR1", None)
@@ -52,25 +56,43 @@ class Sampler(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        main = threading.main_thread().ident
         last, since = "", 0
         while not self._over.wait(self._every_s):
-            frame = sys._current_frames().get(main)  # type: ignore[arg-type]
-            if frame is None:
-                return
-            text, stay = "at an unknown place", None
-            with contextlib.suppress(Exception):  # it is the user's program, and may be anything
-                text, stay = place_of(frame)
+            with _nothing_collected():
+                text, known = _look(threading.main_thread().ident)
             now = time.monotonic_ns()
-            known = _seen_before(stay)
             if text != last or not known:
                 last, since = text, now
-            del frame, stay  # they hold the rank's arrays
             self._board.seen(self._rank, text, since, now)
 
     def stop(self) -> None:
         self._over.set()
         self.join()
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Inside the block another thread's stack can be read.
+
+    Before Python 3.12 each frame that is looked at may begin a garbage collection. If that runs a finalizer, the
+    other thread may go on and leave the very frame, and what is read then is no frame any more (SIGSEGV).
+    """
+    if sys.version_info >= (3, 12) or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _look(thread: int | None) -> tuple[str, bool]:
+    """Where a thread is, and whether it was seen in this very call before."""
+    text, stay = "at an unknown place", None
+    with contextlib.suppress(Exception):  # it is the user's program, and may be anything
+        text, stay = place_of(sys._current_frames().get(thread))  # type: ignore[arg-type]
+    return text, _seen_before(stay)
 
 
 def _seen_before(frame: FrameType | None) -> bool:
@@ -82,52 +104,67 @@ def _seen_before(frame: FrameType | None) -> bool:
 
 
 def place_of(frame: FrameType | None) -> tuple[str, FrameType | None]:
-    """Where code is whose innermost frame this is: in words, and the frame that lives as long as this stay."""
-    stay, user, module, node, outermost = frame, users_frame(frame), None, None, None
-    phase, strategy = "", None
+    """Where code is whose innermost frame this is: in words, and the frame that lives as long as this stay.
+
+    Its thread may be running: of frames only their code and line are read, never ``f_locals``.
+    """
+    layer, node = under_way.module, under_way.node
+    stay, user, phase, in_call, in_engine, inner = frame, users_frame(frame), "", False, False, None
     while frame is not None:
         code = frame.f_code
         where = str(frame.f_globals.get("__name__")), code.co_qualname
         if where == _CALL:
-            outermost = frame.f_locals.get("self")
-            module = module or outermost
+            if not in_call:
+                in_call = True
+                if layer is not None and getattr(layer.forward, "__code__", inner) is not inner:
+                    layer = None  # the note is another virtual rank's
             stay = frame if not phase else stay
-        elif where == _ENGINE and node is None:
-            node = frame.f_locals.get("fn")
+        elif where == _ENGINE:
+            in_engine = True
         elif not phase and where in _PHASES:
-            phase, strategy = _PHASES[where], frame.f_locals.get("self") or frame.f_locals.get("strategy")
-            stay = frame
-        frame = frame.f_back
-    if not phase and module is not None:
+            phase, stay = _PHASES[where], frame
+        inner, frame = code, frame.f_back
+    if not phase and in_call:
         phase = "forward"
     if not phase:
         if user is None:
             return "at an unknown place", None
         return f"{os.path.basename(user.f_code.co_filename)}:{user.f_lineno} in {user.f_code.co_name}", user
-    model = getattr(strategy, "model", outermost)
-    layer = module if phase == "forward" else _layer_of(model, node) if phase == "backward" else None
-    return phase + _named(model, layer), stay
+    if phase == "forward":
+        layer = layer if in_call else None
+    else:
+        layer = _layer_of(node) if phase == "backward" and in_engine else None
+    return phase + _named(layer), stay
 
 
-def _named(model: Any, layer: Any) -> str:
+def _named(layer: Any) -> str:
     """``, layer 3 (conv2)``: which of the model's layers, those modules that have no others inside."""
     if layer is None:
         return ""
     name = layer._path or type(layer).__name__
     with contextlib.suppress(Exception):  # the rank goes on meanwhile, and the model is the user's
-        layers = [each for each in model.modules() if len(list(each.modules())) == 1]
-        return f", layer {next(i for i, each in enumerate(layers, 1) if each is layer)} ({name})"
+        for model in _models():
+            layers = [each for each in model.modules() if len(list(each.modules())) == 1]
+            for i, each in enumerate(layers, 1):
+                if each is layer:
+                    return f", layer {i} ({name})"
     return f", in {name}"
 
 
-def _layer_of(model: Any, node: Any) -> Any:
+def _models() -> list[Any]:
+    """Those that are trained, and the one whose forward is under way."""
+    return [*owners, *([] if under_way.model is None else [under_way.model])]
+
+
+def _layer_of(node: Any) -> Any:
     """The module with a parameter that goes into this operation; None if none does."""
     with contextlib.suppress(Exception):
         inputs = [each for each in node.inputs or () if hasattr(each, "_grad_slot")]
-        for module in model.modules():
-            for value in vars(module).values():
-                if any(value is each for each in inputs):
-                    return module
+        for model in _models():
+            for module in model.modules():
+                for value in vars(module).values():
+                    if any(value is each for each in inputs):
+                        return module
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import math
 import os
 import pickle
@@ -114,6 +115,7 @@ def main(job: Job, report: Connection, log: Connection, pipe: Connection) -> Non
     """Run the job and report once: ("returned", value) or ("raised", …). What ``spawn`` starts in each worker."""
     global inside_worker
     inside_worker = True
+    faulthandler.enable(2)  # who dies by SIGSEGV says no word: its stack goes to the terminal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline.hold(pipe.fileno(), job.parent_pid)
     lock = threading.Lock()

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from minidp.autograd import Tensor
+from minidp.autograd.underway import under_way
 from minidp.backend import Array, Device, array_module, array_types, asarray, generator, get_device, to_numpy
 from minidp.nn.layout import Layout
 from minidp.nn.parameter import Parameter
@@ -30,7 +31,16 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward method")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+        caller = under_way.module
+        if caller is None:
+            under_way.model = self
+        under_way.module = self
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            under_way.module = caller
+            if caller is None:
+                under_way.model = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Module):
