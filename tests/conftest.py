@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
+from collections.abc import Iterator
 from functools import cache
 
 import cloudpickle
 import pytest
+
+from minidp.bench.leftovers import processes
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -39,3 +44,18 @@ def why_no_gpu() -> str | None:
         return f"no GPU: {error}"
     problem = look_at_cuda(pairs=False).problem
     return None if problem is None else f"no GPU: {problem}"
+
+
+@pytest.fixture
+def token() -> Iterator[str]:
+    """For the environment of a kernel; every process that has it must be gone soon after the test."""
+    token = secrets.token_hex(8)
+    try:
+        yield token
+        deadline = time.monotonic() + 3
+        while processes(token) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not processes(token), "a process outlived the kernel"
+    finally:
+        for pid in processes(token):
+            os.kill(pid, 9)

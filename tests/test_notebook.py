@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,21 +27,6 @@ CELLS = [
 minidp.spawn(train, 2)""",
     "minidp.spawn(lambda comm: 1 / comm.rank, 2)",
 ]
-
-
-@pytest.fixture
-def token() -> Iterator[str]:
-    """For the environment of a kernel; every process that has it must be gone soon after the test."""
-    token = secrets.token_hex(8)
-    try:
-        yield token
-        deadline = time.monotonic() + 3
-        while processes(token) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not processes(token), "a process outlived the kernel"
-    finally:
-        for pid in processes(token):
-            os.kill(pid, 9)
 
 
 def test_cells_spawn_their_own_functions(token: str) -> None:
