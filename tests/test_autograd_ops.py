@@ -302,6 +302,18 @@ def test_a_wrong_derivative_is_found_and_reported():
         gradcheck(wrong_product, np.arange(1.0, 6.0), np.arange(2.0, 7.0))
 
 
+def test_gradcheck_names_the_operation():
+    class Cube(Function):
+        def forward(self, x):
+            return x**3
+
+        def backward(self, grad):
+            return 2 * grad
+
+    with pytest.raises(AssertionError, match=r"gradcheck of Cube\(float64\[5\]\)"):
+        gradcheck(Cube.apply, np.arange(5.0))
+
+
 def test_gradcheck_wants_a_gradient_for_each_argument():
     with pytest.raises(AssertionError, match="argument 1 got no gradient"):
         gradcheck(lambda a, b: a * b.data, np.ones(3), np.ones(3))

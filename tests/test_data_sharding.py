@@ -127,3 +127,15 @@ def test_a_random_cut_is_random():
 def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=message):
         data.DataLoader([1, 2, 3], batch_size=1, shard=(0, 2), weights=weights)
+
+
+@checked
+@given(
+    st.integers(0, 200),
+    st.integers(1, 20),
+    st.one_of(st.none(), st.lists(st.floats(0.1, 10), min_size=20, max_size=20)),
+)
+def test_a_share_is_the_workers_block_of_the_cut(n, count, weights):
+    weights = None if weights is None else weights[:count]
+    shares = [sharding.share(n, index, count, weights) for index in range(count)]
+    assert shares == data.cut(n, count, weights)

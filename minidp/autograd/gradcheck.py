@@ -29,7 +29,8 @@ def gradcheck(
     out = function(*tensors)
     weights = rng.standard_normal(out.shape)
     out.backward(weights)
-    name = getattr(function, "__name__", repr(function))
+    owner = getattr(function, "__self__", None)  # of Square.apply, the class
+    name = owner.__name__ if isinstance(owner, type) else getattr(function, "__name__", repr(function))
     arguments = ", ".join(f"{x.dtype}{list(x.shape)}" for x in inputs)
 
     def moved(step: float) -> Any:

@@ -8,7 +8,15 @@ from functools import partial
 from typing import Any, NoReturn
 
 from minidp.data.dataset import Batch, Dataset, fetch
-from minidp.data.sharding import Indices, check_weights, consumed, consumed_weighted, cut, dataset_cut, epoch_order
+from minidp.data.sharding import (
+    Indices,
+    check_weights,
+    consumed,
+    consumed_weighted,
+    dataset_cut,
+    epoch_order,
+    share,
+)
 
 PARTITIONS = ("batch", "dataset")
 
@@ -117,11 +125,11 @@ class DataLoader:
                 yield start, stop
                 start = stop
             return
-        start, stop = cut(size, count, self.weights)[index]
+        start, stop = share(size, index, count, self.weights)
         for step in steps:
             offset = step * size
             if offset + size > n:  # the last batch is short, and cut anew
-                start, stop = cut(n - offset, count, self.weights)[index]
+                start, stop = share(n - offset, index, count, self.weights)
             yield offset + start, offset + stop
 
     def __iter__(self) -> NoReturn:
