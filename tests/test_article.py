@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def test_the_page_is_that_of_the_map() -> None:
     assert TOOL.PAGE.read_text() == TOOL.page(), "run: python docs/article_map.py"
 
 
+@pytest.mark.parametrize("page", ["tour.md", "zh/tour.md"])
+def test_the_tours_say_which_sections_a_notebook_covers(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    for number in range(1, 16):
+        file, _, sections = TOOL.notebook(f"{number:02}")
+        (row,) = re.findall(rf"^\| \[\w+\]\([./]*notebooks/{file}\) \| (.*) \|$", text, re.MULTILINE)
+        assert re.findall(r"\d[\d.]*\d", row) == [each for each in sections if each != "practice"]
+
+
 ENTRY = next(entry for entry in ENTRIES if entry["section"] == "3.2.4")
 
 
@@ -59,7 +69,7 @@ ENTRY = next(entry for entry in ENTRIES if entry["section"] == "3.2.4")
         ({"code": [["minidp/parallel/naive.py", "gradient /= nothing"]]}, "0 lines with 'gradient /= nothing'"),
         ({"code": [["minidp/parallel/naive.py", "import"]]}, "lines with 'import', not one"),
         ({"code": [["minidp/parallel/nobody.py", "import"]]}, "No such file"),
-        ({"notebooks": ["05"]}, "05_all_reduce.ipynb does not name it"),
+        ({"notebooks": ["10"]}, "10_stability.ipynb does not name it"),
         ({"notebooks": ["99"]}, "no notebook 99"),
         (
             {"tests": ["tests/test_data_parallel.py::test_of_nothing"]},
