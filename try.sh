@@ -2,9 +2,11 @@
 # Make a virtual environment beside this file (once), install minidp into it at pinned versions, and run it.
 #   sh try.sh demo [options]     the demo: one worker against N
 #   sh try.sh test [options]     the tests (options go to pytest)
+#   sh try.sh notebooks          JupyterLab, with the notebooks
 #   sh try.sh plan [options]     how far a model scales on machines that one does not have
 #   sh try.sh bench [options]    the benchmarks (PyTorch and MPI are optional: see README)
 #   sh try.sh gpu                all that needs a GPU: doctor, tests, demo, benchmarks
+#   sh try.sh docs               the documentation, as pages in build/html
 #   sh try.sh check              ruff and mypy
 set -eu
 cd "$(dirname "$0")"
@@ -30,6 +32,7 @@ fi
 
 extras=test
 [ "${1:-}" != check ] || extras=test,lint
+[ "${1:-}" != notebooks ] || extras=test,notebooks
 [ "${1:-}" != gpu ] || extras=test,${MINIDP_GPU:-gpu13}  # MINIDP_GPU=gpu12 for drivers older than 580
 wanted="$extras $(cat pyproject.toml constraints.txt | cksum)"
 if [ "$(cat .venv/installed 2>/dev/null || true)" != "$wanted" ]; then
@@ -43,6 +46,7 @@ command=${1:-help}
 case $command in
     demo) exec .venv/bin/python -m minidp.demo "$@" ;;
     test) exec .venv/bin/python -m pytest "$@" ;;
+    notebooks) exec .venv/bin/python -m jupyterlab "$@" notebooks ;;
     plan) exec .venv/bin/python -m minidp.plan "$@" ;;
     bench) exec .venv/bin/python -m minidp.bench "$@" ;;
     gpu)
@@ -52,11 +56,15 @@ case $command in
             .venv/bin/python -m minidp.bench step --device cuda &&
             .venv/bin/python -m minidp.bench allreduce --device cuda
         ;;
+    docs)
+        .venv/bin/python -m sphinx -c docs -b html -W --keep-going -q . build/html "$@" &&
+            echo "Open $PWD/build/html/index.html"
+        ;;
     check)
         .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
         ;;
     *)
-        sed -n '2,8s/^# //p' try.sh
+        sed -n '2,/^set/s/^# //p' try.sh
         exit 2
         ;;
 esac

@@ -21,7 +21,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["models.md", "asynchronous.md", "compression.md", "hybrid.md"])
+@pytest.mark.parametrize("page", ["index.md", "models.md", "asynchronous.md", "compression.md", "hybrid.md"])
 def test_programs_print_what_is_shown(page: str, tmp_path: Path) -> None:
     found = blocks(page)
     pairs = [(a, b) for (kind, a), (following, b) in pairwise(found) if (kind, following) == ("python", "")]

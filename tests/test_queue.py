@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from minidp.comm import ANY, CollectiveMismatch, CollectiveTimeout
 from minidp.comm.arena import REGION, Arena, available_bytes, round_up
-from minidp.comm.board import NOBODY, Board, Wait, name_ranks
+from minidp.comm.board import NOBODY, Board, Wait
 from minidp.comm.mailbox import Mailbox
 from minidp.comm.queue import QUEUE_BYTES, SLOT_BYTES, SLOTS, ArrayQueue, Chunk, Incoming, Outgoing
 from minidp.comm.traffic import Traffic
 from minidp.comm.word import LINE, Word
+from minidp.comm.wording import name_ranks
 from minidp.comm.world import join_world, reserve_world
 
 PAGE = mmap.ALLOCATIONGRANULARITY
@@ -141,6 +142,13 @@ def test_who_waits_where_in_one_sentence(arena: Arena, board: Board) -> None:
     assert [other.pid(rank) for rank in range(4)] == [1000, 1001, 1002, 1003]
     assert name_ranks([4]) == "rank 4"
     assert name_ranks([0, 2], "are late") == "ranks 0, 2 are late"
+
+
+def test_of_many_ranks_only_the_ends_are_named() -> None:
+    assert name_ranks([*range(8)]) == "ranks 0, 1, 2, 3, 4, 5, 6, 7"
+    assert name_ranks([*range(9)]) == "ranks 0 to 8"
+    assert name_ranks([0, *range(2, 99), 101, 102], "compute") == "ranks 0, 2 to 98, 101, 102 compute"
+    assert name_ranks([*range(20)], servers_from=10) == "ranks 0 to 9 and servers 0 to 9"
 
 
 def test_progress(arena: Arena, board: Board) -> None:

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from minidp.comm.board import disagreement
 from minidp.comm.errors import CollectiveMismatch
 from minidp.comm.execute import Pieces
 from minidp.comm.movement import Group, Movement, Round, by_waves
 from minidp.comm.reduction import ReduceOp
 from minidp.comm.values import combine
+from minidp.comm.wording import disagreement
 from minidp.sim.loop import Task
 from minidp.sim.network import Path
 

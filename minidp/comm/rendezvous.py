@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 
 from minidp.comm.arena import Arena, Bytes, round_up
-from minidp.comm.board import describe, disagreement
 from minidp.comm.errors import CollectiveMismatch, CommError
 from minidp.comm.vigil import Watch
 from minidp.comm.word import LINE, SPINS, Bell, Word, fence
+from minidp.comm.wording import describe, disagreement
 
 CHUNK = 512 * 1024  # bytes a payload slot: two of them and the sum stay in a core's L2 cache
 _HEADER, _HEADER_BYTES, _TEXT = 256, 512, 448

@@ -9,8 +9,8 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent
 
-from minidp.comm.board import left_waiting, name_of_all, name_places, name_ranks, stuck
 from minidp.comm.errors import CollectiveMismatch, CommError, RankFailed, in_words
+from minidp.comm.wording import left_waiting, name_of_all, name_places, name_ranks, stuck
 from minidp.sim.cluster import Cluster
 from minidp.sim.computer import Computer
 from minidp.sim.loop import Loop, Task

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Protocol
 
 from minidp.comm.arena import Arena
-from minidp.comm.board import GONE, LOST, NOBODY, Board, Wait, left_waiting, name_ranks, stuck
+from minidp.comm.board import GONE, LOST, NOBODY, Board, Wait
 from minidp.comm.errors import CollectiveMismatch, CollectiveTimeout, RankFailed, RankLost
 from minidp.comm.word import SLEEP_S, Bell, Word
+from minidp.comm.wording import left_waiting, name_ranks, stuck
 
 LOOK_S = 0.05  # between two looks for circles and returned ranks
 SETTLE_S = 0.25  # for the others to arrive, before a rank's early return is reported

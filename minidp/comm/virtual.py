@@ -17,7 +17,6 @@ from greenlet import getcurrent
 from minidp import trace
 from minidp.comm import execute
 from minidp.comm.arguments import check_color
-from minidp.comm.board import describe
 from minidp.comm.communicator import ANY, Communicator
 from minidp.comm.errors import CommError
 from minidp.comm.meeting import Meeting, Payload
@@ -26,6 +25,7 @@ from minidp.comm.post import PostOffice
 from minidp.comm.reduction import SUM, ReduceOp, check_array, check_op
 from minidp.comm.stream import Stream
 from minidp.comm.traffic import Traffic
+from minidp.comm.wording import describe
 from minidp.comm.work import Work
 
 Array = npt.NDArray[Any]

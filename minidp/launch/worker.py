@@ -23,10 +23,11 @@ import numpy as np
 
 from minidp.backend import Device, DeviceUnavailable, to_numpy
 from minidp.comm.arena import Arena
-from minidp.comm.board import Board, name_ranks
+from minidp.comm.board import Board
 from minidp.comm.endpoint import Endpoint
 from minidp.comm.errors import in_words
 from minidp.comm.transport import on_device
+from minidp.comm.wording import name_ranks
 from minidp.comm.world import join_world
 from minidp.launch import blas, lifeline, logs, memory, servers
 from minidp.launch.whereabouts import Sampler

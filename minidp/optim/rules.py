@@ -101,10 +101,12 @@ class SGD(Optimizer):
 class Adam(Optimizer):
     """Adam (Kingma & Ba 2015), as PyTorch computes it; weight decay is added to the gradient.
 
-    g ← g + λ w
-    m ← β₁ m + (1 − β₁) g           state "exp_avg"
-    v ← β₂ v + (1 − β₂) g²          state "exp_avg_sq"
-    w ← w − η m̂ / (√v̂ + ε)          with m̂ = m / (1 − β₁ᵗ⁺¹), v̂ = v / (1 − β₂ᵗ⁺¹), t from 0
+        g ← g + λ w
+        m ← β₁ m + (1 − β₁) g           state "exp_avg"
+        v ← β₂ v + (1 − β₂) g²          state "exp_avg_sq"
+        w ← w − η m̂ / (√v̂ + ε)          with m̂ = m / (1 − β₁ᵗ⁺¹), v̂ = v / (1 − β₂ᵗ⁺¹), t from 0
+
+    m and v start at 0; the division undoes what that takes from them.
     """
 
     slots = ("exp_avg", "exp_avg_sq")
