@@ -4,6 +4,7 @@ Outputs are committed, since notebooks are read more often than run; the tests r
 are numbered anew, and nothing is kept that another run would give differently: no times, no process numbers.
 
 A cell tagged ``varies`` (this machine's timings, process numbers) is compared by the kinds of its outputs only.
+One tagged ``hide-input`` only draws: its code is folded.
 The answers to the exercises, ```python blocks in a cell's ``<details>``, are run after the notebook and not kept.
 """
 
@@ -61,7 +62,10 @@ def tidy(notebook: Any) -> Any:
     count = 0
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:02}"
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if "hide-input" in tags:
+            cell.metadata["jupyter"] = nbformat.from_dict({"source_hidden": True})
         if cell.cell_type != "code":
             continue
         count += 1

@@ -36,7 +36,7 @@ def test_the_commands_exist() -> None:
     for command in blocks("sh"):
         shell, script, name = command.split()
         assert (shell, script) == ("sh", "try.sh")
-        assert f"\n    {name}) " in (ROOT / "try.sh").read_text()
+        assert f"\n    {name})" in (ROOT / "try.sh").read_text()
 
 
 def test_the_options_exist(monkeypatch: pytest.MonkeyPatch) -> None:
