@@ -192,7 +192,8 @@ def test_the_room_stands_on_the_floor():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert {m for m in loaded if m.startswith("minidp")} == {
-        "minidp", "minidp.trace", "minidp.trace.chrome", "minidp.trace.lanes", "minidp.trace.recorder",
-        "minidp.trace.text", "minidp.trace.timeline",
+        "minidp", "minidp.trace", "minidp.trace.animation", "minidp.trace.canvas", "minidp.trace.chrome",
+        "minidp.trace.clock", "minidp.trace.curves", "minidp.trace.lanes", "minidp.trace.page",
+        "minidp.trace.recorder", "minidp.trace.stage", "minidp.trace.text", "minidp.trace.timeline",
     }  # fmt: skip
     assert not loaded & {"json", "numpy", "matplotlib"}

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -16,13 +17,14 @@ from rich.console import Console
 import minidp
 from minidp import parallel, trace
 from minidp.backend import Device, DeviceUnavailable
-from minidp.demo import compare, compare_compressors, goal, hybrid, report
+from minidp.demo import compare, compare_compressors, goal, hybrid, page, report
+from minidp.demo.curve import Moment
 from minidp.demo.hybrid_options import HIDDEN
 from minidp.demo.options import parse
 from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, fingerprint, train
-from minidp.demo.words import write
+from minidp.demo.words import number, write, write_trace
 from minidp.launch import cores
 from minidp.sim import Cluster, calibrate
 
@@ -31,14 +33,24 @@ WEAK_EPOCHS = 6
 MICRO_SHARDS, FEW_UPDATES = 8, 20  # of the runs that end the demo, to compare bits
 CALIBRATION_S = 2.0  # a bar in the picture of a demo, not a measurement to publish
 
-Runs = tuple[report.Outcome, list[trace.Event], dict[str, np.ndarray]]
-"""Figures, events of all of the workers' ranks, and the workers' w."""
+
+class Runs(NamedTuple):
+    """What all runs together brought home."""
+
+    result: report.Outcome
+    events: list[trace.Event]
+    """Of all of the workers' ranks."""
+    state: dict[str, np.ndarray]
+    """The workers' w."""
+    curves: dict[str, list[Moment]]
+    """How the loss fell, if that is reported."""
 
 
 def main(argv: list[str] | None = None, device: Device | None = None) -> int:
     """Run the demo; the exit status. ``device``: another than ``--device`` names."""
     args = parse(argv)
     args.device = device or args.device
+    args.command = shlex.join(["python", "-m", "minidp.demo", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.device.check()
         with _only_errors("minidp.launch", "minidp.sim"):  # the demo says itself what there is to say
@@ -80,7 +92,7 @@ def _only_errors(*names: str) -> Iterator[None]:
 
 
 def _run(args: Namespace) -> int:
-    console = Console()
+    console = page.Telling() if args.report else Console()
     job = Job(
         args.epochs,
         args.global_batch_size,
@@ -94,6 +106,7 @@ def _run(args: Namespace) -> int:
         resume=args.resume,
         until=None if args.until is None else args.until / 100,
         compress=None if args.survey else args.compress,
+        curve=args.report is not None,
     )
     if args.cluster is not None:
         # A small model, so that talking is seen beside computing; every rank's real gradients are computed here.
@@ -108,7 +121,7 @@ def _run(args: Namespace) -> int:
         report.introduce(console, job, args.workers, cores(), args.cluster, place(args))
         if job.until is not None:
             return goal.reach(console, args, job)
-        result, events, state = (in_processes if args.cluster is None else virtually)(args, job)
+        result, events, state, curves = (in_processes if args.cluster is None else virtually)(args, job)
         if job.compress is None:
             result = replace(result, sha256=fingerprints(args, job))
     except minidp.RankFailed as failed:
@@ -120,17 +133,18 @@ def _run(args: Namespace) -> int:
     report.show(console, result, job.task)
     if job.task.model == "transformer":
         report.show_writing(console, state)
+    forwards = (job.micro_shards or args.workers) // args.workers  # of a worker in a step
+    if args.report:
+        page.of_training(console, args, result, curves, report.last_steps(events, 2, forwards))
     if args.cluster is not None:
-        report.show_timeline(console, events, args.cluster)
+        report.show_timeline(console, events, args.cluster, forwards)
     if args.plot:
         ranks = report.interesting(args.workers, args.cluster)
-        window = [event for event in report.last_steps(events, 2) if event.rank in ranks]
+        window = [event for event in report.last_steps(events, 2, forwards) if event.rank in ranks]
         trace.plot_timeline(window, args.plot, title=f"Two steps of {args.workers} workers")
         console.print(f"Timeline: {args.plot}")
     write(console, args.json, result)
-    if args.trace:
-        trace.write_chrome(args.trace, events)
-        console.print(f"Trace of all ranks: {args.trace} (open it at https://ui.perfetto.dev)")
+    write_trace(console, args.trace, events)
     return 0
 
 
@@ -148,7 +162,7 @@ def in_processes(args: Namespace, job: Job) -> Runs:
     # With checkpoints a second round would go on from the first one's end.
     for _ in range(1 if job.save or job.resume or job.task.large else ROUNDS):
         one.append(run(1, job.alone())[0])
-        results = run(args.workers, replace(job, record=args.trace is not None))
+        results = run(args.workers, replace(job, record=bool(args.trace or args.report)))
         many.append(results[0])
     copies, epochs = args.workers, min(args.epochs, 1 if job.task.large else WEAK_EPOCHS)
     weak_job = replace(
@@ -163,7 +177,9 @@ def in_processes(args: Namespace, job: Job) -> Runs:
     outcome = report.outcome(
         "process", args.device.name, job, args.workers, cores(), one, many, speedup_weak, predicted
     )
-    return outcome, [event for result in results for event in result.events], many[0].state
+    return Runs(
+        outcome, [event for result in results for event in result.events], many[0].state, _curves(args, one, many)
+    )
 
 
 def virtually(args: Namespace, job: Job) -> Runs:
@@ -185,7 +201,13 @@ def virtually(args: Namespace, job: Job) -> Runs:
     outcome = report.outcome(
         "virtual", args.device.name, job, args.workers, cores(), one, many[:1], speedup_weak, predicted
     )
-    return outcome, [event for result in many for event in result.events], many[0].state
+    return Runs(
+        outcome, [event for result in many for event in result.events], many[0].state, _curves(args, one, many)
+    )
+
+
+def _curves(args: Namespace, one: list[Result], many: list[Result]) -> dict[str, list[Moment]]:
+    return {"1 worker": one[0].curve, number(args.workers, "worker"): many[0].curve}
 
 
 def fingerprints(args: Namespace, job: Job) -> dict[int, str]:

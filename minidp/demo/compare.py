@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from rich.console import Console
 
 import minidp
-from minidp.demo import comparison_report
+from minidp.demo import comparison_report, page
 from minidp.demo.places import place
 from minidp.demo.strategies import ALL, TARGET, WAYS, Knobs
 from minidp.demo.train import Job
 from minidp.demo.trial import Part, Point, Trial, train_for
 from minidp.demo.words import write
+from minidp.trace import Event
 from minidp.trace.curves import plot_curves
 
 # Copies of rank 0's model in the time of a run. In processes each costs it the time to copy all parameters.
@@ -76,10 +77,11 @@ class Comparison:
 def compare(console: Console, args: Namespace, job: Job) -> int:
     names = list(WAYS) if args.strategy == ALL else ["sync", args.strategy]
     comparison_report.introduce(console, args, job, names, place(args))
-    result = _run_all(args, job, names)
+    events: dict[str, list[Event]] = {}
+    result = _run_all(args, job, names, events)
     comparison_report.show(console, result)
-    if args.plot:
-        plot_curves(
+    if args.plot or args.report:
+        curves = plot_curves(
             {run.strategy: [(point.time_s, point.loss) for point in run.curve] for run in result.strategies},
             {run.strategy: run.staleness_counts for run in result.strategies if WAYS[run.strategy].stale},
             args.plot,
@@ -87,17 +89,21 @@ def compare(console: Console, args: Namespace, job: Job) -> int:
             clock="virtual time" if args.cluster else "time",
             names=list(WAYS),
         )
-        console.print(f"Picture: {args.plot}")
+        if args.report:
+            page.of_strategies(console, args, result, curves, events)
+        if args.plot:
+            console.print(f"Picture: {args.plot}")
     write(console, args.json, result)
     return 0
 
 
-def _run_all(args: Namespace, job: Job, names: list[str]) -> Comparison:
+def _run_all(args: Namespace, job: Job, names: list[str], events: dict[str, list[Event]]) -> Comparison:
+    """``events``: for a report, the last ones of each strategy are put there."""
     knobs = Knobs(args.staleness, args.sync_every, count_lost=args.world == "virtual")
     found: list[Figures] = []
     for name in names:
         # All have the time that sync needs for its epochs: it comes first.
-        trial = Trial(job, name, knobs, found[0].seconds if found else None, POINTS[args.world])
+        trial = Trial(job, name, knobs, found[0].seconds if found else None, POINTS[args.world], bool(args.report))
         parts = minidp.spawn(
             train_for,
             args.workers,
@@ -108,6 +114,7 @@ def _run_all(args: Namespace, job: Job, names: list[str]) -> Comparison:
             cluster=args.cluster,
             blas_threads=1,
         )
+        events[name] = [event for part in parts for event in part.events]
         found.append(_figures(trial, parts, found[0].samples_per_s if found else None))
     return Comparison(
         model=job.task.model,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import minidp
 from minidp import compress
-from minidp.demo import compressors, survey_report
+from minidp.demo import compressors, page, survey_report
 from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, train
@@ -70,8 +70,8 @@ def compare(console: Console, args: Namespace, job: Job) -> int:
     survey_report.introduce(console, job, args.workers, args.cluster, SEEDS, list(SPECS), place(args))
     result = _run_all(console, args, job)
     survey_report.show(console, result)
-    if args.plot:
-        plot_pareto(
+    if args.plot or args.report:
+        figure = plot_pareto(
             [
                 Choice(
                     each.compressor,
@@ -86,7 +86,10 @@ def compare(console: Console, args: Namespace, job: Job) -> int:
             title=survey_report.title(result),
             solid=("with error feedback", "without"),
         )
-        console.print(f"Picture: {args.plot}")
+        if args.report:
+            page.of_compressors(console, args, result, figure)
+        if args.plot:
+            console.print(f"Picture: {args.plot}")
     write(console, args.json, result)
     return 0
 

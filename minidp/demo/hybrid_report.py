@@ -19,7 +19,8 @@ from minidp.launch import cores
 from minidp.trace import Event, as_text
 
 if TYPE_CHECKING:
-    from minidp.demo.hybrid import Outcome, Plan, Seat
+    from minidp.demo.hybrid import Plan
+    from minidp.demo.hybrid_outcome import Outcome, Seat
 
 EXACT = 1e-10  # relative: what is left in float64 is rounding
 DRIFTED = 1e-5  # relative, in float32: more than last digits

@@ -17,6 +17,7 @@ from minidp.parallel.checkpoint_files import files, updates_of
 from minidp.parallel.micro_shards import leaves_of
 from minidp.sim import Cluster
 from minidp.sim.topology import NAMES
+from minidp.trace.page import can_draw
 
 # Of the virtual world alone, with their defaults there.
 _CLUSTER: dict[str, Any] = {
@@ -28,7 +29,7 @@ _CLUSTER: dict[str, Any] = {
     "topology": "switch",
     "ranks_per_node": 1,
 }
-PICTURES = (".png", ".svg", ".pdf")
+PICTURES = (".png", ".svg", ".pdf", ".html")
 MOST_EPOCHS = 30  # with --until
 _OP_OVERHEAD_S = 2e-6  # of a small array operation, as on a usual processor
 
@@ -108,9 +109,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw to FILE (.png, .svg, .pdf): in the virtual world the timeline of two steps; with --strategy "
-        "how loss falls with time, and staleness (hybrid: one step of a replica's stages); with --compress all "
-        "accuracy against bytes and time",
+        help="draw to FILE (.png, .svg, .pdf, .html): in the virtual world the timeline of two steps; with "
+        "--strategy how loss falls with time, and staleness (hybrid: one step of a replica's stages); with "
+        "--compress all accuracy against bytes and time",
+    )
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write one page to FILE (.html), which needs no other: table, curves of the loss, timeline, bytes, "
+        "and where it was run",
     )
     add(
         "--world",
@@ -198,18 +206,26 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.until is not None:
         if not 0 < args.until <= 100:
             parser.error("--until: give a test accuracy in percent, such as 90")
-        given = [name for name in ("trace", "plot") if getattr(args, name) is not None]
+        given = [name for name in ("trace", "plot", "report") if getattr(args, name) is not None]
         if given:
             parser.error(f"--until only trains: without --{given[0]}")
     if not 0 < args.lr < math.inf:
         parser.error("--lr must be positive and finite")
-    for name, path in (("json", args.json), ("trace", args.trace), ("plot", args.plot)):  # now, not afterwards
+    for name in ("json", "trace", "plot", "report"):  # now, not afterwards
+        path = getattr(args, name)
         if path is not None and path.is_dir():
             parser.error(f"--{name} {path}: this is a folder, give a file")
         if path is not None and not path.parent.is_dir():
             parser.error(f"--{name} {path}: there is no folder {path.parent}")
     if args.plot is not None and args.plot.suffix not in PICTURES:
         parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PICTURES)}")
+    if args.report is not None and args.report.suffix != ".html":
+        parser.error(f"--report {args.report}: give a name that ends in .html")
+    if args.plot is not None or args.report is not None:
+        try:
+            can_draw()
+        except ImportError as error:
+            parser.error(f"--{'report' if args.plot is None else 'plot'}: {error}")
     if args.save is not None and args.save.exists() and not args.save.is_dir():
         parser.error(f"--save {args.save}: this is a file, give a folder")
     if args.resume is True:

@@ -280,26 +280,26 @@ def identical(sha256: dict[int, str]) -> str:
     return f"[red]With micro-shards the bits of w differ: {found}. This should not happen; please report it.[/]"
 
 
-def interesting(workers: int, cluster: Cluster) -> set[int]:
+def interesting(workers: int, cluster: Cluster | None) -> set[int]:
     """The ranks of a timeline that one can take in at a glance: stragglers, then the first."""
-    slow = [rank for rank in range(workers) if cluster.slowness(rank) > 1]
+    slow = [rank for rank in range(workers) if cluster and cluster.slowness(rank) > 1]
     return set(list(dict.fromkeys([*slow, *range(workers)]))[:LANES])
 
 
-def last_steps(events: list[Event], count: int) -> list[Event]:
-    """The events of the last ``count`` steps: from the moment at which the first rank begins them."""
+def last_steps(events: list[Event], count: int, forwards: int = 1) -> list[Event]:
+    """The events of the last steps, each of so many ``forwards``: from when the first rank begins them."""
     begun: dict[int, list[float]] = {}
     for event in events:
         if event.name == "forward":
             begun.setdefault(event.rank, []).append(event.start_s)
-    start = min(times[-count:][0] for times in begun.values())
+    start = min(times[-count * forwards :][0] for times in begun.values())
     return [event for event in events if event.start_s >= start]
 
 
-def show_timeline(console: Console, events: list[Event], cluster: Cluster) -> None:
+def show_timeline(console: Console, events: list[Event], cluster: Cluster, forwards: int) -> None:
     workers = 1 + max(event.rank for event in events)
     ranks = interesting(workers, cluster)
-    window = [event for event in last_steps(events, 1) if event.rank in ranks]
+    window = [event for event in last_steps(events, 1, forwards) if event.rank in ranks]
     more = f", {len(ranks)} of {workers} workers" if len(ranks) < workers else ""
     console.print(f"\n[bold]The last step[/]{more}\n", highlight=False)
     console.print(as_text(window, width=min(64, console.width - 16)), highlight=False, markup=False)

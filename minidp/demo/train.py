@@ -16,6 +16,7 @@ import numpy as np
 from minidp import data, nn, no_grad, optim, parallel, trace
 from minidp.comm import Communicator
 from minidp.demo.compressors import rate
+from minidp.demo.curve import Curve, Moment
 from minidp.demo.tasks import Task
 from minidp.nn import functional as F
 
@@ -39,6 +40,8 @@ class Job:
     naive: bool
     copies: int = 1
     record: bool = False
+    curve: bool = False
+    """Look how the loss falls."""
     task: Task = field(default_factory=Task)
     balance: bool = False
     micro_shards: int | None = None
@@ -95,6 +98,7 @@ class Result:
     """With ``balance``: each rank's part of a batch."""
     resumed_at: int | None = None
     """The updates that had been made when this run went on."""
+    curve: list[Moment] = field(default_factory=list)
 
 
 def train(comm: Communicator, job: Job) -> Result:
@@ -114,7 +118,7 @@ def train(comm: Communicator, job: Job) -> Result:
     resumed_at = None if job.resume is None else strategy.load(job.resume).updates
     first, step = loader.position(strategy.updates)
     recorder = trace.Recorder(comm.rank, comm.now, comm.device.clock(comm.now) if job.record else None)
-    epoch_s, total = [], len(loader) * job.epochs
+    epoch_s, total, curve = [], len(loader) * job.epochs, Curve(comm, job.curve)
     comm.barrier()
     with trace.recording(recorder):
         for epoch in range(first, job.epochs):
@@ -122,6 +126,7 @@ def train(comm: Communicator, job: Job) -> Result:
             for x, y in loader.epoch(epoch, step if epoch == first else 0):
                 loss = strategy.forward_backward(x, y, F.cross_entropy)  # ∇L_i
                 strategy.step()  # ∇L = Σ n_i ∇L_i / Σ n_i ;  w ← w − η ∇L ; sync
+                curve.add(loss, y.size, strategy.updates)
             comm.device.synchronize()  # what was only asked for, is not done
             epoch_s.append(comm.now() - start)
             note = f"epoch {epoch + 1}, loss {float(loss):.3f}"
@@ -150,6 +155,7 @@ def train(comm: Communicator, job: Job) -> Result:
         events=recorder.events if job.record else [],
         shares=tuple(weight / sum(weights) for weight in weights) if weights else None,
         resumed_at=resumed_at,
+        curve=curve.moments(),
     )
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from minidp import data
+from minidp import data, trace
 from minidp.comm import Communicator, ReduceOp
 from minidp.demo.strategies import WAYS, Knobs
 from minidp.demo.train import OPTIMIZERS, Job, evaluate, tally
 from minidp.nn import functional as F
 
+LAST_EVENTS = 300  # of a rank that are kept: of many steps, also where a slow one makes two
 LOOKED_AT = 2000  # samples by which copies are judged; the digits are fewer
 
 
@@ -33,6 +35,8 @@ class Trial:
     seconds: float | None
     points: int
     """So many copies of rank 0's model are put aside, besides the first."""
+    record: bool = False
+    """Bring the last events home."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Part:
     lost: float = 0.0
     """Of all ranks' writes to a shared w, the part that was overwritten unread."""
     points: list[Point] = field(default_factory=list)
+    events: list[trace.Event] = field(default_factory=list)
 
 
 def train_for(comm: Communicator, trial: Trial) -> Part:
@@ -77,11 +82,14 @@ def train_for(comm: Communicator, trial: Trial) -> Part:
     samples, seconds = 0, 0.0
     if comm.rank == 0:
         album.append((0.0, model.state_dict()))
+    recorder = trace.Recorder(comm.rank, comm.now)
     comm.barrier()
     start = comm.now()
     for x, y in _endless(loader):
-        strategy.forward_backward(x, y, F.cross_entropy)
-        strategy.step()
+        with trace.recording(recorder) if trial.record else nullcontext():
+            strategy.forward_backward(x, y, F.cross_entropy)
+            strategy.step()
+        del recorder.events[:-LAST_EVENTS]
         comm.device.synchronize()  # the clock tells of what is done, not of what was asked for
         samples += len(x)
         seconds = comm.now() - start
@@ -104,6 +112,7 @@ def train_for(comm: Communicator, trial: Trial) -> Part:
         accuracy=correct / tested,
         staleness=Counter(strategy.staleness_counts),
         lost=metrics.get("lost_updates", 0) / max(1, metrics.get("updates_written", 1)),
+        events=recorder.events,
         points=[_look(trial, moment, state, train_set, test_set) for moment, state in album],
     )
 

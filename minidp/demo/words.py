@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from minidp.trace import Event, write_chrome
 from minidp.trace.lanes import time_unit
 
 
@@ -43,3 +44,10 @@ def write(console: Console, path: Path | None, figures: Any) -> None:
     if path is not None:
         path.write_text(json.dumps(asdict(figures), indent=2) + "\n")
         console.print(f"Figures: {path}")
+
+
+def write_trace(console: Console, path: Path | None, events: list[Event]) -> None:
+    """``--trace``: the events of all ranks to that file, if there is one."""
+    if path is not None:
+        write_chrome(path, events)
+        console.print(f"Trace of all ranks: {path} (open it at https://ui.perfetto.dev)")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from minidp.trace.lanes import time_unit
+from minidp.trace.page import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,7 @@ def plot_curves(
     title: str | None = None,
     clock: str = "time",
     names: Sequence[str] = (),
+    unit: str | None = None,
 ) -> Figure:
     """Draw (seconds, loss) of each run, and beside it the histogram of {τ: gradients} of those that have one.
 
@@ -42,9 +44,10 @@ def plot_curves(
         losses: by name, in order of time; losses are positive. A run has the same colour in both pictures.
         staleness: by the same names; without any that has gradients, there is no histogram. Bars are parts of a
             run's gradients; the last ones stand for all that are later still.
-        path: a file whose suffix says the format (.png, .svg, .pdf); an existing one is overwritten.
+        path: a file whose suffix says the format (.png, .svg, .pdf, .html); an existing one is overwritten.
         title: stands above the picture.
-        clock: what the time is called.
+        clock: what the time is called; "": nothing but its unit.
+        unit: what the first figures of the pairs are, if not seconds, such as "steps".
         names: all that there may be in such pictures, so that a run looks the same in each of them.
 
     Returns: the figure. It belongs to no window and to no pyplot state, and needs no display.
@@ -63,21 +66,27 @@ def plot_curves(
     if title:
         figure.suptitle(title, size=12, weight="bold", x=0.02, ha="left", parse_math=False)
     left, *right = figure.subplots(1, 1 + bool(shown), squeeze=False, width_ratios=(3, 2)[: 1 + bool(shown)])[0]
-    _draw_losses(left, losses, styles, clock)
+    _draw_losses(left, losses, styles, clock, unit)
     for axes in right:
         _draw_staleness(axes, shown, styles)
     if path is not None:
-        figure.savefig(path, dpi=DPI)
+        save(figure, path, title, "Curves of the training loss", DPI)
     return figure
 
 
 def _draw_losses(
-    axes: Axes, losses: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, Style], clock: str
+    axes: Axes,
+    losses: Mapping[str, Sequence[tuple[float, float]]],
+    styles: Mapping[str, Style],
+    clock: str,
+    unit: str | None,
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     frame(axes, "both")
-    unit_s, unit = time_unit(max((curve[-1][0] for curve in losses.values() if curve), default=1.0), digits=2)
+    unit_s = 1.0
+    if unit is None:
+        unit_s, unit = time_unit(max((curve[-1][0] for curve in losses.values() if curve), default=1.0), digits=2)
     for name, curve in losses.items():
         colour, dashes = styles[name]
         times, values = [time_s / unit_s for time_s, _ in curve], [loss for _, loss in curve]
@@ -88,7 +97,7 @@ def _draw_losses(
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{clock} [{unit}]", size=9, color=INK)
+    axes.set_xlabel(f"{clock} [{unit}]" if clock else unit, size=9, color=INK)
     axes.set_title("training loss L(w)", size=10, loc="left", color=INK)
     axes.legend(frameon=False, fontsize=9, handlelength=2.6, labelcolor=INK)
 

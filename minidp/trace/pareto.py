@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from minidp.trace.curves import AXIS, DPI, INK, STYLES, frame
 from minidp.trace.lanes import time_unit
+from minidp.trace.page import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def plot_pareto(
 
     Args:
         choices: one or more; names are written beside their points.
-        path: a file whose suffix says the format (.png, .svg, .pdf); an existing one is overwritten.
+        path: a file whose suffix says the format (.png, .svg, .pdf, .html); an existing one is overwritten.
         title: stands above the picture.
         solid: what full points are, and what rings are, for the legend.
 
@@ -91,7 +92,7 @@ def plot_pareto(
     for axes, of_axes in zip((left, right), names):
         _place(axes, of_axes)
     if path is not None:
-        figure.savefig(path, dpi=DPI)
+        save(figure, path, title, "Test accuracy against bytes, and against time, of each choice", DPI)
     return figure
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from minidp.trace.lanes import NOTHING, Segment, Timeline, time_unit, timeline
+from minidp.trace.page import annotate, save
 from minidp.trace.recorder import Event
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def plot_timeline(
 
     Args:
         events: of any ranks, in any order; their clocks must share an origin. The first one starts at 0.
-        path: a file whose suffix says the format (.png, .svg, .pdf); an existing one is overwritten.
+        path: a file whose suffix says the format (.png, .svg, .pdf, or .html: a page, on which one can point at a
+            bar to read what it is); an existing one is overwritten.
         title: stands above the picture.
         max_ranks: the lowest ranks are shown, and the number of those left out is told.
 
@@ -83,7 +85,7 @@ def plot_timeline(
         if note:
             figure.text(x, 0.12 / height, note, size=8, color="#555555", ha=side)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        save(figure, path, title, "Timeline: a lane for each rank, and in it what it did when", dpi=150)
     return figure
 
 
@@ -130,16 +132,15 @@ def _draw(axes: Axes, line: Timeline, lane_pt: float) -> None:
     for label, of_label in bars.items():
         colour, ink = colours.get(label, _OTHER_COLOUR)
         edges = [min(0.8, 0.1 * bar.length / point) for bar in of_label]  # white ones part neighbours
-        axes.add_collection(
-            PolyCollection(
-                [_corners(bar) for bar in of_label],
-                facecolors=colour,
-                edgecolors="white",
-                linewidths=edges,
-                label=label,
-            ),
-            autolim=False,
+        drawn = PolyCollection(
+            [_corners(bar) for bar in of_label],
+            facecolors=colour,
+            edgecolors="white",
+            linewidths=edges,
+            label=label,
         )
+        annotate(drawn, [_note(bar.event, line.start_s) for bar in of_label])
+        axes.add_collection(drawn, autolim=False)
         for bar in of_label:
             size = min(8, 0.8 * bar.height * lane_pt)
             # 0.62 em is more than the mean width of a letter.
@@ -176,6 +177,18 @@ def _bars(line: Timeline, unit_s: float) -> Iterator[_Bar]:
 
 def _bar(s: Segment, line: Timeline, unit_s: float, top: float, height: float) -> _Bar:
     return _Bar((s.start_s - line.start_s) / unit_s, s.duration_s / unit_s, top, height, s.event)
+
+
+def _note(event: Event, origin_s: float) -> str:
+    """What a bar is, in words."""
+    (duration, unit), (start, of_start) = _told(event.duration_s), _told(event.start_s - origin_s)
+    kind = "" if event.category == event.name else f" ({event.category})"
+    return f"rank {event.rank}: {event.name}{kind}, {duration} {unit}, from {start} {of_start} on"
+
+
+def _told(duration_s: float) -> tuple[str, str]:
+    unit_s, unit = time_unit(duration_s, digits=3)
+    return (f"{duration_s / unit_s:.3g}", unit) if duration_s else ("0", "s")
 
 
 def _corners(bar: _Bar) -> list[tuple[float, float]]:
