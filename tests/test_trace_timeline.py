@@ -32,12 +32,13 @@ def ev(category, start_s, end_s, rank=0, name="", **args):
 # --- lanes --------------------------------------------------------------------------------------------------
 
 
-def brute(events):
+def brute(events, waits_last=False):
     """The innermost span of each elementary interval: (start, end, event), with neighbours joined."""
     times = sorted({t for e in events for t in (e.start_s, e.end_s)})
     pieces = []
     for lo, hi in pairwise(times):
-        over = [(-e.start_s, e.end_s, i) for i, e in enumerate(events) if e.start_s <= lo and hi <= e.end_s]
+        open_ = [(i, e) for i, e in enumerate(events) if e.start_s <= lo and hi <= e.end_s]
+        over = [(waits_last and e.category == "wait", -e.start_s, e.end_s, i) for i, e in open_]
         if over:
             i = min(over)[-1]
             if pieces and pieces[-1][1:] == (lo, i):
@@ -53,12 +54,13 @@ def spans(times):
     return st.lists(st.builds(ev, st.sampled_from(["compute", "wait"]), times, times), max_size=12)
 
 
-@given(spans(WHOLE | st.floats(-1e6, 1e6)))
-def test_innermost_equals_brute_force(events):
+@pytest.mark.parametrize("waits_last", [False, True])
+@given(events=spans(WHOLE | st.floats(-1e6, 1e6)))
+def test_innermost_equals_brute_force(events, waits_last):
     for i, e in enumerate(events):
         e.args["id"] = i  # equal spans differ
-    segments = innermost(events)
-    assert segments == brute(events)
+    segments = innermost(events, waits_last)
+    assert segments == brute(events, waits_last)
     assert all(s.start_s < s.end_s for s in segments)
     assert all(a.end_s <= b.start_s for a, b in pairwise(segments))
 
@@ -70,6 +72,13 @@ def test_innermost_of_nested_and_of_overlapping_spans():
     assert innermost([]) == innermost([ev("data", 1.0, 1.0), ev("data", 2.0, 1.0)]) == []
     same, shorter = ev("wait", 0.0, 4.0, name="twin"), ev("data", 0.0, 1.0)
     assert innermost([same, outer, shorter]) == [(0.0, 1.0, shorter), (1.0, 4.0, same)]
+
+
+def test_a_stream_that_waits_hides_no_message_of_another():
+    message = ev("communication", 0.0, 4.0, rank=0, stream="buckets")
+    wait = ev("wait", 1.0, 6.0, rank=0, stream="samples")
+    (lane,) = timeline([message, wait], 1).lanes
+    assert lane.stream == [(0.0, 4.0, message), (4.0, 6.0, wait)]
 
 
 def test_innermost_is_fast():

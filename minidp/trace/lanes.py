@@ -51,27 +51,33 @@ class Timeline(NamedTuple):
         return categories(s for lane in self.lanes for s in (*lane.own, *lane.stream))
 
 
-def innermost(events: Iterable[Event]) -> list[Segment]:
+def innermost(events: Iterable[Event], waits_last: bool = False) -> list[Segment]:
     """Cut spans that nest or overlap into segments, each of which belongs to the innermost span there.
 
     That is the one that started last; of those, the shorter; of equal ones, the first in `events`, since
     recorders put a nested span before its parent. Segments are disjoint, in order of time, and cover exactly
     what the spans cover. Spans without a duration have none. Cost: O(n log n).
+
+    ``waits_last``: a wait has only the time in which nothing else goes on. For spans of several streams, which do
+    not nest: one that waits must not hide another one's message.
     """
     # Of spans that are open at the same time, the innermost comes first.
     ordered = sorted((e for e in events if e.end_s > e.start_s), key=lambda e: (-e.start_s, e.end_s))
     segments: list[Segment] = []
-    open_: list[int] = []  # a heap of positions: the innermost span is on top, and below it, ended ones may lie
+    # A heap of (later, position): the innermost span is on top, and below it, ended ones may lie.
+    open_: list[tuple[bool, int]] = []
     for position in reversed(range(len(ordered))):
-        heappush(open_, position)
+        heappush(open_, (waits_last and ordered[position].category == "wait", position))
         now = ordered[position].start_s
         next_s = ordered[position - 1].start_s if position else inf
         while open_ and now < next_s:
-            event = ordered[open_[0]]
+            event = ordered[open_[0][1]]
             if event.end_s <= now:
                 heappop(open_)
             else:
                 end_s = min(event.end_s, next_s)
+                if segments and segments[-1].event is event and segments[-1].end_s == now:
+                    now = segments.pop().start_s  # it goes on: what has begun meanwhile waits
                 segments.append(Segment(now, end_s, event))
                 now = end_s
     return segments
@@ -93,7 +99,7 @@ def timeline(events: Iterable[Event], max_ranks: int) -> Timeline:
     for rank in sorted(by_rank)[:max_ranks]:
         own = [e for e in by_rank[rank] if e.args.get("stream") is None]
         beside = [e for e in by_rank[rank] if e.args.get("stream") is not None]
-        lanes.append(Lane(rank, innermost(own), innermost(beside)))
+        lanes.append(Lane(rank, innermost(own), innermost(beside, waits_last=True)))
     start_s, end_s = min((e.start_s for e in seen), default=0.0), max((e.end_s for e in seen), default=0.0)
     return Timeline(start_s, end_s, lanes, len(by_rank) - len(lanes))
 
