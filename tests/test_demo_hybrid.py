@@ -71,7 +71,7 @@ def test_on_the_virtual_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [seat["node"] for seat in result["ranks"]] == [0, 1]
     assert [seat["layers"] for seat in result["ranks"]] == [["0", "1", "2"], ["3", "4", "5", "6"]]
     assert 1.5 < result["steps_per_s"] / result["steps_per_s_one_worker"] < 2
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
     for words in ("0 to 2", "3 to 6", "nodes 0, 1", "2 of 8", "One step", "(p − 1)/(m + p − 1)"):
         assert words in out
     assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -159,6 +159,59 @@ def test_a_run_that_diverges_has_no_report(tmp_path: Path, capsys: pytest.Captur
     assert "diverged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["[/b] & [bold]<script>", "no text \udcff", "long " * 40])
+def test_odd_names_of_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, figures = tmp_path / f"{name}.html", tmp_path / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("what was there before")
+    assert main([*VIRTUAL, "--report", str(path), "--json", str(figures), "--trace", str(figures)]) == 0
+    shown = name.replace("\udcff", "\ufffd")
+    tree = stands_alone(path.read_text(encoding="utf-8"))
+    assert f"{shown}.html" in tree.of("pre")[0].replace("$'", "")
+    out = capsys.readouterr().out
+    assert f"\nReport: {tmp_path}/{shown}.html\n" in out
+    assert f"\nFigures: {tmp_path}/{shown}.json\n" in out
+    assert f"\nTrace of all ranks: {tmp_path}/{shown}.json (open" in out
+
+
+@pytest.mark.parametrize("option", ["--report", "--plot", "--json", "--trace"])
+def test_what_cannot_be_written_is_known_before_anything_runs(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is anything changed or left behind by trying."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(minidp, "spawn", None)
+    there = Path("there.html")
+    there.write_text("before")
+    long = "x" * 300 + ".html"
+    with pytest.raises(SystemExit):
+        main([*VIRTUAL, option, long])
+    assert f"{option} {long}: File name too long" in capsys.readouterr().err
+    with pytest.raises(TypeError):  # it would run
+        main([*VIRTUAL, option, str(there)])
+    with pytest.raises(TypeError):
+        main([*VIRTUAL, option, "new.html"])
+    Path("link.html").symlink_to("nothing.html")
+    with pytest.raises(TypeError):
+        main([*VIRTUAL, option, "link.html"])
+    assert there.read_text() == "before"
+    assert sorted(Path().iterdir()) == [Path("link.html"), there]
+
+    def refused(self: Path, *args: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)  # the administrator may write everywhere
+    with pytest.raises(SystemExit):
+        main([*VIRTUAL, option, str(there)])
+    assert f"{option} there.html: Permission denied" in capsys.readouterr().err
+
+
+def test_a_single_step_is_no_plural(tmp_path: Path) -> None:
+    tree, _ = reported(tmp_path, *VIRTUAL[:4], "--epochs", "1", "--global-batch-size", "5000")
+    assert "sent by a worker in 1 step" in tree.of("td")
+    assert "1 step, 1 epoch, on the virtual clock" in tree.of("strong")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -211,6 +211,17 @@ def test_pages_in_a_browser(site: Path) -> None:
                     assert [url for url in seen.fetched if not url.startswith(site.as_uri())] == []
 
 
+def test_pictures_of_notebooks_keep_their_size_on_a_telephone(site: Path) -> None:
+    """Else letters of a wide timeline would have three pixels; animations may shrink."""
+    with browser() as opened, opened.open(site / "notebooks" / "07_buckets_and_overlap.html", 380) as (page, _):
+        assert overflow_px(page) <= 0
+        pictures = page.locator(".cell_output img[src$='.png']").all()
+        assert pictures
+        for each in pictures:
+            shown, drawn = each.evaluate("image => [image.clientWidth, image.naturalWidth]")
+            assert shown == drawn
+
+
 def test_the_search_finds_names_and_words(site: Path) -> None:
     with browser() as opened:
         for words, wanted in (("ParameterServer", "docs/api/parallel.html"), ("straggler", "docs/virtual.html")):

@@ -170,6 +170,12 @@ def test_a_faulty_schedule_looks_faulty(left_out: int) -> None:
     assert "each rank has the sum" not in captions_at(made.svg, None)[1]
 
 
+def test_where_nothing_is_sent() -> None:
+    assert captions_at(animate(schedules.ring(1)).svg, None)[1] == "Nothing is sent: one rank has it all"
+    nothing = animate(replace(schedules.ring(3), transfers=()))
+    assert captions_at(nothing.svg, None)[1] == "Nothing is sent"
+
+
 def test_what_is_added_twice_has_a_sign() -> None:
     pair = schedules.recursive_doubling(2)
     again = replace(pair, transfers=(*pair.transfers, *(t._replace(step=1) for t in pair.transfers)))
@@ -208,6 +214,28 @@ def test_files(tmp_path) -> None:
     assert not (tmp_path / "ring.gif").exists()
 
 
+@pytest.mark.parametrize("p", [8, 9, 10, 11, 12])
+def test_many_ranks_do_not_hide_each_other(p: int) -> None:
+    """Cards cover no columns of other ranks, and the legend's numbers have room: a digit takes 14 at most."""
+    root = ElementTree.fromstring(animate(schedules.ring(p)).svg)
+
+    def box(element):
+        x, y, width, height = (float(element.get(name)) for name in ("x", "y", "width", "height"))
+        return x, y, x + width, y + height
+
+    cards = [box(e) for e in root.iter(f"{SVG}rect") if e.get("class") == "card"]
+    columns = [box(e) for e in root.iter(f"{SVG}rect") if "data-whole" in e.attrib]
+    assert len(cards) == p
+    assert len(columns) == p * p
+    for left, top, right, bottom in columns:
+        over = [c for c in cards if c[0] < right and left < c[2] and c[1] < bottom and top < c[3]]
+        assert len(over) == 1
+    squares = [e for e in root.iter(f"{SVG}rect") if e.get("width") == e.get("height") == "16"]
+    starts = [float(e.get("x")) for e in squares]
+    ends = [start + 20 + 14 * len(str(k)) for k, start in enumerate(starts)]
+    assert all(end < start for end, start in zip(ends, [*starts[1:], 640]))
+
+
 def test_names_are_escaped() -> None:
     title = "<b>&\"x'</b> " + "long " * 20
     made = animate(replace(schedules.ring(2), name="<i>&"), title=title)
@@ -215,6 +243,9 @@ def test_names_are_escaped() -> None:
     assert not root.findall(f".//{SVG}b")
     assert title.split() == " ".join(e.text for e in root.iter(f"{SVG}text") if e.get("class") == "title").split()
     assert "<b>" not in made.html()
+    odd = animate(schedules.ring(2), title="a\x00b\x1bc\udcffd")  # neither XML nor UTF-8 has these
+    assert captions_at(odd.svg, 0.0)[0] == "a\ufffdb\ufffdc\ufffdd"
+    assert "<title>a\ufffdb" in odd.html()
     unnamed = animate(replace(schedules.ring(2), name="<i>&"))
     assert captions_at(unnamed.svg, 0.0)[0] == "<i>&, 2 ranks"
 

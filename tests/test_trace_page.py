@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_a_page() -> None:
     assert '<h1 class="unseen">t</h1>' in page("t", [], heading=False)
 
 
+def test_what_is_no_text_is_replaced() -> None:
+    """Else the page could not be written, and an existing one would be lost."""
+    text = page("a\x00b\udcff", [table(("x\x1b",), [("tab\there\n",)])])
+    assert stands_alone(text).of("h1") == ["a\ufffdb\ufffd"]
+    assert "x\ufffd" in text
+    assert "tab\there\n" in text
+    text.encode()
+
+
 def test_tables_without_a_header_and_of_words() -> None:
     text = table((), [("a", "b")], words=True)
     assert "thead" not in text
@@ -110,6 +120,14 @@ def test_bars_of_a_timeline_tell_what_they_are(html: Path) -> None:
     assert tree.tags.count("a") == 0
     assert tree.tags.count("script") == 1
     assert tree.of("p") == ["Point at a bar, or tap it, to read what it is."]
+
+
+def test_names_that_are_no_text(html: Path) -> None:
+    """Fonts have no signs for them, and halves of characters can't be drawn at all."""
+    plot_timeline([Event("a\x1bb\udcff", "c\x00", 0.0, 1.0, 0, {})], html, title="t\udcff")
+    tree = stands_alone(html.read_text(encoding="utf-8"))
+    assert tree.of("h1") == ["t\ufffd"]
+    assert tree.of("title")[1:] == ["rank 0: a\ufffdb\ufffd (c\ufffd), 1 s, from 0 s on"]
 
 
 def test_other_formats_are_as_they_were(html: Path) -> None:
@@ -138,6 +156,50 @@ def test_steps_are_the_unit_of_an_axis(html: Path) -> None:
     left, *_ = plot_curves({"a": [(0.0, 2.0), (400.0, 0.5)]}, {}, clock="", unit="steps").axes
     assert left.get_xlabel() == "steps"
     assert list(left.lines[0].get_xdata()) == [0.0, 400.0]
+
+
+def test_a_run_of_one_step_is_seen() -> None:
+    pytest.importorskip("matplotlib")
+    left, *_ = plot_curves({"one": [(1.0, 2.3)], "two": [(1.0, 2.3), (2.0, 2.2)]}, {}, unit="steps").axes
+    assert [line.get_marker() for line in left.lines] == ["o", ""]
+
+
+@pytest.mark.parametrize(
+    ("losses", "least", "most"),
+    [
+        ((2.30549, 2.305495), 2, 10),
+        ((2.3, 1.9), 2, 10),
+        ((2.3, 1e-3), 5, 16),
+        ((2.3, 1e7), 4, 10),
+        ((2.3, 1e37), 3, 12),
+    ],
+)
+def test_losses_have_labels_that_differ(losses: tuple[float, float], least: int, most: int) -> None:
+    """Also those that hardly fall, and those of a run that diverges."""
+    pytest.importorskip("matplotlib")
+    figure = plot_curves({"a": [(float(step), loss) for step, loss in enumerate(losses)]}, {})
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    low, high = axis.get_view_interval()
+    shown = [
+        text.get_text() for text, at in zip(axis.get_ticklabels(), axis.get_majorticklocs()) if low <= at <= high
+    ]
+    assert least <= len(shown) <= most
+    assert len(set(shown)) == len(shown)
+
+
+@pytest.mark.parametrize("last", [0, 1, 9, 11, 12, 13, 16, 23, 24, 35, 36, 99, 100, 250, 999, 1000, 2047])
+def test_labels_of_staleness_keep_apart(last: int) -> None:
+    """Also the last one, of all that is later still."""
+    pytest.importorskip("matplotlib")
+    counts = {0: 1000, last: 1000, last + 50: 1}
+    figure = plot_curves({"a": [(0.0, 2.0), (1.0, 1.0)]}, {"a": counts})
+    figure.draw_without_rendering()
+    labels = figure.axes[1].get_xticklabels()
+    assert labels[0].get_text() == "0"
+    assert labels[-1].get_text() == f">{last}"
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(a.x1 + 1 <= b.x0 for a, b in pairwise(boxes))
 
 
 def test_pictures_on_one_page_keep_apart(html: Path) -> None:

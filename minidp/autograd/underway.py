@@ -1,7 +1,8 @@
 """What this process computes right now, noted for those who ask from another thread.
 
 A thread may see which functions another one is in, but must not read their local variables while they run: before
-Python 3.13 that can crash the process. So the two places that know more leave a note, which costs some 50 ns.
+Python 3.13 that can crash the process. So the two places that know more leave a note, which costs some 80 ns where
+a module is called, and 10 where an operation's gradient begins (CPython 3.11, an EPYC).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from minidp.demo.options import parse
 from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, fingerprint, train
-from minidp.demo.words import number, write, write_trace
+from minidp.demo.words import number, told, write, write_trace
 from minidp.launch import cores
 from minidp.sim import Cluster, calibrate
 
@@ -142,7 +142,7 @@ def _run(args: Namespace) -> int:
         ranks = report.interesting(args.workers, args.cluster)
         window = [event for event in report.last_steps(events, 2, forwards) if event.rank in ranks]
         trace.plot_timeline(window, args.plot, title=f"Two steps of {args.workers} workers")
-        console.print(f"Timeline: {args.plot}")
+        told(console, "Timeline", args.plot)
     write(console, args.json, result)
     write_trace(console, args.trace, events)
     return 0

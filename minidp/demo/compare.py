@@ -14,7 +14,7 @@ from minidp.demo.places import place
 from minidp.demo.strategies import ALL, TARGET, WAYS, Knobs
 from minidp.demo.train import Job
 from minidp.demo.trial import Part, Point, Trial, train_for
-from minidp.demo.words import write
+from minidp.demo.words import told, write
 from minidp.trace import Event
 from minidp.trace.curves import plot_curves
 
@@ -92,7 +92,7 @@ def compare(console: Console, args: Namespace, job: Job) -> int:
         if args.report:
             page.of_strategies(console, args, result, curves, events)
         if args.plot:
-            console.print(f"Picture: {args.plot}")
+            told(console, "Picture", args.plot)
     write(console, args.json, result)
     return 0
 

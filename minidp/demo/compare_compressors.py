@@ -14,7 +14,7 @@ from minidp.demo import compressors, page, survey_report
 from minidp.demo.places import place
 from minidp.demo.predict import predicted_step_s
 from minidp.demo.train import Job, Result, train
-from minidp.demo.words import write
+from minidp.demo.words import told, write
 from minidp.sim import Cluster
 from minidp.trace.pareto import Choice, front, plot_pareto
 
@@ -89,7 +89,7 @@ def compare(console: Console, args: Namespace, job: Job) -> int:
         if args.report:
             page.of_compressors(console, args, result, figure)
         if args.plot:
-            console.print(f"Picture: {args.plot}")
+            told(console, "Picture", args.plot)
     write(console, args.json, result)
     return 0
 

@@ -21,7 +21,7 @@ from minidp.demo.curve import Curve, Moment
 from minidp.demo.hybrid_outcome import AXES, outcome_of
 from minidp.demo.report import relative_difference
 from minidp.demo.train import OPTIMIZERS, Job, evaluate
-from minidp.demo.words import write, write_trace
+from minidp.demo.words import told, write, write_trace
 from minidp.nn import functional as F
 
 FEW_STEPS = 10  # after which w is compared in float64 and in float32: rounding alone is left, before it grows
@@ -98,7 +98,7 @@ def run(console: Console, args: Namespace, job: Job) -> int:
     if args.cluster is not None and plan.pp > 1:
         hybrid_report.show_timeline(console, events, plan)
     if args.plot:
-        console.print(f"Timeline: {args.plot}")
+        told(console, "Timeline", args.plot)
     write(console, args.json, outcome)
     write_trace(console, args.trace, events)
     return 0

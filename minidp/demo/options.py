@@ -213,10 +213,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--lr must be positive and finite")
     for name in ("json", "trace", "plot", "report"):  # now, not afterwards
         path = getattr(args, name)
-        if path is not None and path.is_dir():
-            parser.error(f"--{name} {path}: this is a folder, give a file")
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {path.parent}")
+        if path is not None and (problem := _unwritable(path)):
+            parser.error(f"--{name} {path}: {problem}")
     if args.plot is not None and args.plot.suffix not in PICTURES:
         parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PICTURES)}")
     if args.report is not None and args.report.suffix != ".html":
@@ -242,6 +240,23 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     nodes = [node for node, _ in args.straggler or ()]
     if len(set(nodes)) < len(nodes):
         parser.error("--straggler: a node is given twice")
+
+
+def _unwritable(path: Path) -> str:
+    """Why no file can be written there, in words; "" if one can. An existing one keeps what it has."""
+    try:
+        if path.is_dir():
+            return "this is a folder, give a file"
+        if not path.parent.is_dir():
+            return f"there is no folder {path.parent}"
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists() and not path.is_symlink():  # a name too long, a file system that is read-only
+            path.touch(exist_ok=False)
+            path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _cluster(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Cluster | None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from minidp.demo import report
 from minidp.demo.curve import Moment
-from minidp.demo.words import in_bytes, number
+from minidp.demo.words import in_bytes, number, told
 from minidp.launch import cores
 from minidp.trace import Event, plot_timeline
 from minidp.trace.curves import plot_curves
@@ -58,7 +58,7 @@ def of_training(
     timeline = plot_timeline(window, title=f"The last two steps of {some}{number(args.workers, 'worker')}")
     rows = [
         ("sent by a worker in a step", in_bytes(result.bytes_per_step)),
-        (f"sent by a worker in {result.steps} steps", in_bytes(result.bytes_per_step * result.steps)),
+        (f"sent by a worker in {number(result.steps, 'step')}", in_bytes(result.bytes_per_step * result.steps)),
     ]
     if result.compress is not None:
         rows.insert(1, ("without compression, as float32", in_bytes(result.bytes_per_step_float32)))
@@ -139,7 +139,7 @@ def of_compressors(console: Console, args: Namespace, result: compare_compressor
         )
         for each in result.compressors
     ]
-    header = ("", "sent by a rank in a step", "times less", f"in {result.steps} steps")
+    header = ("", "sent by a rank in a step", "times less", f"in {number(result.steps, 'step')}")
     _write(
         console,
         args,
@@ -178,7 +178,7 @@ def _write(console: Console, args: Namespace, sections: list[Section]) -> None:
     ]
     text = page(title, [f"<h2>{escape(heading)}</h2>\n" + "\n".join(html) for heading, html in parts])
     args.report.write_text(text, encoding="utf-8")
-    console.print(f"Report: {args.report}", highlight=False)
+    told(console, "Report", args.report)
 
 
 def _html(said: Any) -> list[str]:

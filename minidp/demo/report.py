@@ -195,7 +195,7 @@ def show(console: Console, result: Outcome, task: Task) -> None:
         threads = "on the virtual clock"
     more = "" if result.resumed_at is None else "more "
     table = Table(
-        title=f"{result.steps} {more}steps, {number(result.epochs, 'epoch')}, {threads}",
+        title=f"{number(result.steps, f'{more}step')}, {number(result.epochs, 'epoch')}, {threads}",
         title_style="bold",
     )
     table.add_column("")
@@ -249,7 +249,7 @@ def explain(result: Outcome, classes: int) -> str:
     else:
         same = "[red]The two ended at different w: this should not happen; please report it.[/]"
     if result.speedup_strong > 1:
-        faster = f"The same {result.steps} steps took 1/{result.speedup_strong:.2f} of the time."
+        faster = f"The same {number(result.steps, 'step')} took 1/{result.speedup_strong:.2f} of the time."
     elif result.device != "cpu":
         faster = (
             "It was not faster: who shares a GPU shares its time, and a small model is done before all is said."

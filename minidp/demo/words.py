@@ -12,6 +12,7 @@ from rich.console import Console
 
 from minidp.trace import Event, write_chrome
 from minidp.trace.lanes import time_unit
+from minidp.trace.page import readable
 
 
 def seconds(value: float | None) -> str:
@@ -43,11 +44,16 @@ def write(console: Console, path: Path | None, figures: Any) -> None:
     """``--json``: a dataclass of figures to that file, if there is one."""
     if path is not None:
         path.write_text(json.dumps(asdict(figures), indent=2) + "\n")
-        console.print(f"Figures: {path}")
+        told(console, "Figures", path)
 
 
 def write_trace(console: Console, path: Path | None, events: list[Event]) -> None:
     """``--trace``: the events of all ranks to that file, if there is one."""
     if path is not None:
         write_chrome(path, events)
-        console.print(f"Trace of all ranks: {path} (open it at https://ui.perfetto.dev)")
+        told(console, "Trace of all ranks", path, " (open it at https://ui.perfetto.dev)")
+
+
+def told(console: Console, what: str, path: Path, more: str = "") -> None:
+    """``Figures: FILE``, as it is and in one line: names may have brackets, and be longer than a line."""
+    console.print(f"{what}: {readable(str(path))}{more}", highlight=False, markup=False, soft_wrap=True)

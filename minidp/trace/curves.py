@@ -90,10 +90,13 @@ def _draw_losses(
     for name, curve in losses.items():
         colour, dashes = styles[name]
         times, values = [time_s / unit_s for time_s, _ in curve], [loss for _, loss in curve]
-        axes.plot(times, values, color=colour, linestyle=dashes, linewidth=1.8, label=name)
+        alone = "o" if len(curve) == 1 else ""  # a line of one point is not seen
+        axes.plot(times, values, color=colour, linestyle=dashes, linewidth=1.8, marker=alone, label=name)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    if high < 1.01 * low:  # else all labels are alike
+        low, high = axes.set_ylim(low / 1.05, high * 1.05)
+    axes.yaxis.set_major_locator(LogLocator(subs=_subs(high / low)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(left=0)
@@ -118,15 +121,28 @@ def _draw_staleness(axes: Axes, counts: Mapping[str, Mapping[int, int]], styles:
         axes.bar(
             places[:bars], parts[:bars], width, color=styles[name][0], label=name, edgecolor="white", linewidth=0.5
         )
-    ticks = list(range(0, last + 1, 1 + last // 12))
-    labels = [str(late) for late in ticks]
-    if later:
-        ticks, labels = [*ticks, last + 1], [*labels, f">{last}"]
-    axes.set_xticks(ticks, labels)
+    axes.set_xticks(*_ticks(last, later))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("staleness τ [updates]", size=9, color=INK)
     axes.set_title("part of the gradients", size=10, loc="left", color=INK)
     axes.legend(frameon=False, fontsize=9, handlelength=1.2, labelcolor=INK)
+
+
+def _subs(ratio: float) -> tuple[float, ...]:
+    """What a power of ten is multiplied by, for labels of an axis whose ends have this ratio."""
+    if ratio > 1e5:  # a run that diverges
+        return (1,)
+    return (1, 2, 5) if ratio > 10 else (1, 1.5, 2, 3, 4, 5, 7)
+
+
+def _ticks(last: int, later: bool) -> tuple[list[int], list[str]]:
+    """Where there are labels, and what they say; that of all that is ``later`` needs the most room."""
+    every = 1 + last // (12 if last < 1000 else 8)
+    ticks = list(range(0, last + 1, every))
+    if not later:
+        return ticks, [str(late) for late in ticks]
+    ticks = [late for late in ticks if every == 1 or 2 * (last + 1 - late) >= 3 * every]
+    return [*ticks, last + 1], [*map(str, ticks), f">{last}"]
 
 
 def _last(counts: Mapping[int, int]) -> int:

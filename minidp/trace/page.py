@@ -56,6 +56,8 @@ td.words { text-align: left; white-space: normal; }
 @media print { .controls { display: none; } }
 """
 
+# Not in XML or UTF-8: most control characters, and halves of characters (of file names that are no text).
+_NO_TEXT = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _REM_AN_INCH = 6.2  # so that letters of 8 points have 11 pixels
 _HINT = "Point at a bar, or tap it, to read what it is."
 _notes: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
@@ -76,13 +78,18 @@ for (const box of document.querySelectorAll(".told")) {
 """
 
 
+def readable(text: str) -> str:
+    """The same with � for all that pages and pictures can't have in them."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
 def page(title: str, parts: Iterable[str], script: str = "", heading: bool = True) -> str:
     """The text of a page. ``parts`` are HTML, the title is plain text; ``script`` runs once all is there. Without
     ``heading`` the title is not seen: a picture has its own."""
     parts = list(parts)
     script = _READOUT * any('class="told"' in part for part in parts) + script
     hidden = "" if heading else ' class="unseen"'
-    return (
+    return readable(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # A browser asks for an icon unless there is one.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from minidp.trace.clock import FIRST_S, LAST_S, STEP_S, Clock
 from minidp.trace.clock import number as _n
+from minidp.trace.page import readable
 
 if TYPE_CHECKING:
     from minidp.trace.animation import Schedule, State
@@ -84,7 +85,8 @@ def _place(ranks: int, chunks: int, top: float) -> _Place:
     offset = top + _HEAD + _PAD + _LEVELS / 2 - min(heights)
     middles = [(_WIDTH / 2 + wide * cos(turn), offset + h) for turn, h in zip(turns, heights)]
     card = _HEAD + _LEVELS + 2 * _PAD
-    return _Place(middles, ranks, chunks, min(44, _CARD / chunks), max(heights) - min(heights) + card)
+    columns = _CARD if ranks < 11 else 100  # else cards would hide the ends of their neighbours
+    return _Place(middles, ranks, chunks, min(44, columns / chunks), max(heights) - min(heights) + card)
 
 
 def draw(schedule: Schedule, states: tuple[State, ...], title: str, about: str) -> str:
@@ -101,7 +103,7 @@ def draw(schedule: Schedule, states: tuple[State, ...], title: str, about: str) 
     parts += _cards(states, clock, place)
     parts += _messages(schedule, states, clock, place)
     parts += _legend(place, states[-1], top + place.height + 44)
-    return (
+    return readable(
         f'<svg xmlns="http://www.w3.org/2000/svg" class="minidp-animation" viewBox="0 0 {_WIDTH} {_n(height)}" '
         f'width="{_n(0.8 * _WIDTH)}" height="{_n(0.8 * height)}" role="img" aria-label="{escape(about)}">\n'
         f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
@@ -131,7 +133,8 @@ def _captions(schedule: Schedule, states: tuple[State, ...], clock: Clock, y: fl
         return f'<text class="{name}" x="24" y="{_n(y + dy)}">{escape(line)}</text>'
 
     if steps == 0:
-        return [text("Nothing is sent: one rank has it all", "step"), text(costs[0], "soft bytes", _LINE)]
+        why = ": one rank has it all" * (schedule.world_size == 1)
+        return [text(f"Nothing is sent{why}", "step"), text(costs[0], "soft bytes", _LINE)]
     # The caption of a step stays until the next one begins.
     edges = [0.0, *(FIRST_S + step * STEP_S for step in range(steps)), clock.total - LAST_S]
     lines = ["Before the first step"]
@@ -234,9 +237,9 @@ def _messages(schedule: Schedule, states: tuple[State, ...], clock: Clock, place
 
 def _legend(place: _Place, final: State, y: float) -> list[str]:
     found = [f'<text class="soft" x="24" y="{_n(y)}">from rank</text>']
-    pitch = min(60, (_WIDTH - 24 - 148) / place.ranks)
+    pitch = min(60, (_WIDTH - 24 - 148) / place.ranks) if place.ranks < 10 else 38
     for k in range(place.ranks):
-        x = 148 + k * pitch
+        x = 148 + k * pitch + max(0, k - 10) * 14  # numbers of two digits need more
         found.append(
             f'<rect x="{_n(x)}" y="{_n(y - 16)}" width="16" height="16" fill="{COLOURS[k % len(COLOURS)]}"/>'
             f'<text class="soft" x="{_n(x + 20)}" y="{_n(y)}">{k}</text>'

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from minidp.trace.lanes import NOTHING, Segment, Timeline, time_unit, timeline
-from minidp.trace.page import annotate, save
+from minidp.trace.page import annotate, readable, save
 from minidp.trace.recorder import Event
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def plot_timeline(
     except ImportError as error:
         raise ImportError("plot_timeline needs matplotlib, which is missing: pip install matplotlib") from error
 
-    line = timeline(events, max_ranks)
+    title = readable(title or "")
+    line = timeline(
+        (each._replace(name=readable(each.name), category=readable(each.category)) for each in events), max_ranks
+    )
     lanes = max(1, len(line.lanes))
     lane_in = min(0.5, max(0.16, 4 / lanes))  # 8 ranks at full size; of 25 and more, the picture grows instead
     height = lanes * lane_in + _BOTTOM + _LEGEND + (_TITLE if title else 0)
