@@ -7,7 +7,6 @@ from __future__ import annotations
 import __future__
 
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -212,8 +211,8 @@ def rewritten(function: Any, *changes: tuple[str, str]) -> Any:
 @contextmanager
 def overwrites_at_inner_nodes() -> Iterator[None]:
     """``grad =`` instead of ``grad +=`` where a node's output is used twice."""
-    mutated = rewritten(engine.backward, ("grads[parent] = grads[parent] + g", "grads[parent] = g"))
-    with patch.object(sys.modules["minidp.autograd.tensor"], "backward", mutated):
+    mutated = rewritten(engine._walk, ("grads[parent] = grads[parent] + g", "grads[parent] = g"))
+    with patch.object(engine, "_walk", mutated):
         yield
 
 
