@@ -46,7 +46,10 @@ command=${1:-help}
 case $command in
     demo) exec .venv/bin/python -m minidp.demo "$@" ;;
     test) exec .venv/bin/python -m pytest "$@" ;;
-    notebooks) exec .venv/bin/python -m jupyterlab "$@" notebooks ;;
+    notebooks)
+        [ "$(id -u)" != 0 ] || set -- --allow-root "$@"  # else JupyterLab refuses
+        exec .venv/bin/python -m jupyterlab "$@" notebooks
+        ;;
     plan) exec .venv/bin/python -m minidp.plan "$@" ;;
     bench) exec .venv/bin/python -m minidp.bench "$@" ;;
     gpu)

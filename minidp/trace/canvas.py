@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minidp.trace.curves import STYLES, frame
+from minidp.trace.page import can_draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +25,8 @@ def figure(
 
     Raises: ImportError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figure needs matplotlib, which is missing: pip install matplotlib") from error
+    can_draw("figure needs")
+    from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(width, height))
     drawn.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08, wspace=0.06)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from minidp.trace.lanes import time_unit
-from minidp.trace.page import save
+from minidp.trace.page import can_draw, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,10 +54,8 @@ def plot_curves(
 
     Raises: ImportError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_curves needs matplotlib, which is missing: pip install matplotlib") from error
+    can_draw("plot_curves needs")
+    from matplotlib.figure import Figure
 
     styles = {name: STYLES[i % len(STYLES)] for i, name in enumerate(dict.fromkeys([*names, *losses]))}
     shown = {name: counts for name, counts in staleness.items() if sum(counts.values())}

@@ -117,12 +117,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: bool = Fa
     return f'<div class="box" tabindex="0"><table>{head}<tbody>\n{body}</tbody></table></div>'
 
 
-def can_draw() -> None:
-    """Raises: ImportError without matplotlib, which says what to do."""
+def can_draw(who: str = "pictures need") -> None:
+    """Raises: ImportError without matplotlib, which says ``who`` needs it, and what to do."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("pictures need matplotlib, which is missing: pip install matplotlib") from error
+        raise ImportError(f"{who} matplotlib, which is missing: pip install matplotlib") from error
 
 
 def annotate(artist: Artist, notes: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from minidp.trace.curves import AXIS, DPI, INK, STYLES, frame
 from minidp.trace.lanes import time_unit
-from minidp.trace.page import save
+from minidp.trace.page import can_draw, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,10 +71,8 @@ def plot_pareto(
     """
     if not choices:
         raise ValueError("plot_pareto: there is nothing to draw, give at least one choice")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_pareto needs matplotlib, which is missing: pip install matplotlib") from error
+    can_draw("plot_pareto needs")
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.04)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from minidp.trace.lanes import NOTHING, Segment, Timeline, time_unit, timeline
-from minidp.trace.page import annotate, readable, save
+from minidp.trace.page import annotate, can_draw, readable, save
 from minidp.trace.recorder import Event
 
 if TYPE_CHECKING:
@@ -58,10 +58,8 @@ def plot_timeline(
 
     Raises: ImportError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_timeline needs matplotlib, which is missing: pip install matplotlib") from error
+    can_draw("plot_timeline needs")
+    from matplotlib.figure import Figure
 
     title = readable(title or "")
     line = timeline(
