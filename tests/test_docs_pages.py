@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import minidp
 from minidp import autograd, backend, comm, compress, data, nn, optim, parallel, sim, trace
 from minidp.comm import schedules  # noqa: F401 (an attribute of its room from now on)
+from tests.markdown import programs, run
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -23,7 +22,6 @@ PAGES = ("tour.md", "design.md", "glossary.md", "references.md", "extending.md")
 SKIP = "# …"  # a line of a quotation that stands for lines which are left out
 
 BODY = r"((?:(?!```).*\n)*)```$"
-PROGRAM = re.compile(rf"^```python\n{BODY.removesuffix('$')}\n\n```\n{BODY}", re.MULTILINE)
 QUOTATION = re.compile(rf"^\[`(\S+)`\]\(\.\./(\S+)\):\n\n```python\n{BODY}", re.MULTILINE)
 
 
@@ -31,26 +29,23 @@ def text_of(page: str) -> str:
     return (DOCS / page).read_text()
 
 
-def programs() -> list[object]:
-    found = [(page, PROGRAM.findall(text_of(page))) for page in ("tour.md", "extending.md")]
+def all_programs() -> list[object]:
     return [
         pytest.param(program, shown, id=f"{page}-{i}")
-        for page, pairs in found
-        for i, (program, shown) in enumerate(pairs)
+        for page in ("tour.md", "extending.md")
+        for i, (program, shown) in enumerate(programs(text_of(page)))
     ]
 
 
 # -- programs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("program", "shown"), programs())
+@pytest.mark.parametrize(("program", "shown"), all_programs())
 def test_programs_print_what_is_shown(program: str, shown: str, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100
-    )
-    assert run.returncode == 0, run.stderr
-    assert "Traceback" not in run.stderr  # what is logged of deaths and of few cores depends on the machine
-    assert run.stdout == shown
+    done = run(program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr  # what is logged of deaths and of few cores depends on the machine
+    assert done.stdout == shown
 
 
 @pytest.mark.parametrize(("page", "least"), [("tour.md", 13), ("extending.md", 5)])
@@ -58,7 +53,7 @@ def test_no_program_is_passed_over(page: str, least: int) -> None:
     """Each block without a language is the output of a program that was found; a stray line would hide one."""
     fences = re.findall(r"^```(.*)$", text_of(page), re.MULTILINE)
     assert set(fences[1::2]) == {""}  # closings
-    assert fences[::2].count("") == len(PROGRAM.findall(text_of(page))) >= least
+    assert fences[::2].count("") == len(programs(text_of(page))) >= least
 
 
 # -- quotations ------------------------------------------------------------------------------------------------

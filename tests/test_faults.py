@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -90,6 +91,26 @@ def test_killed_in_forward(trial: int, tmp_path: Path) -> None:
     assert str(error) == "rank 1 of 3 was killed by SIGKILL (out of memory?)"
     assert error.rank == 1
     assert noticed - float((tmp_path / "t").read_text()) < NOTICE_S + 0.1  # 0.1 s: the others are ended
+
+
+def test_who_dies_by_a_fault_of_the_program_shows_its_stack() -> None:
+    source = """
+import os, signal
+import minidp
+def breaks(comm):
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    comm.barrier()
+minidp.spawn(breaks, 2, progress=False)
+"""
+    script = Script(source)
+    try:
+        code, _, err = script.finish()
+        assert code == 1
+        assert re.search(r"Fatal Python error: Segmentation fault\n(.*\n)*?.* in breaks\n", err), err
+        assert err.rstrip().endswith("RankFailed: rank 1 of 2 was killed by SIGSEGV")
+    finally:
+        script.clean()
 
 
 @pytest.mark.parametrize("trial", TRIES)

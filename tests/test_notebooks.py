@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from minidp.bench.leftovers import VARIABLE
+from tests import markdown
 
 nbclient = pytest.importorskip("nbclient", reason="notebooks are tested with nbclient (extra: test)")
 pytest.importorskip("ipykernel", reason="notebooks are tested with ipykernel (extra: test)")
@@ -142,5 +143,5 @@ def test_the_next_one_is_named(notebook: Any, request: pytest.FixtureRequest) ->
 
 def test_links_lead_somewhere(notebook: Any) -> None:
     for text in texts(notebook):
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
+        for target in markdown.targets(text):
             assert target.startswith("https://") or (run.HERE / target).exists(), target

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.markdown import blocks, targets
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [text for name, text in fenced if name == language]
+def of_language(language: str) -> list[str]:
+    return [text for name, text in blocks(README) if name == language]
 
 
 def test_the_program_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    (program,) = blocks("python")
-    (shown,) = blocks("")
+    (program,) = of_language("python")
+    (shown,) = of_language("")
     path = tmp_path / "program.py"  # a script without a __main__ guard
     path.write_text(program)
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=100)
@@ -33,7 +34,7 @@ def test_the_program_prints_what_the_readme_shows(tmp_path: Path) -> None:
 
 
 def test_the_commands_exist() -> None:
-    for command in blocks("sh"):
+    for command in of_language("sh"):
         shell, script, name = command.split()
         assert (shell, script) == ("sh", "try.sh")
         assert f"\n    {name})" in (ROOT / "try.sh").read_text()
@@ -46,12 +47,12 @@ def test_the_options_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options.Task, "load", lambda task: ([None] * 100, []))  # whether there are files or not
 
     parsers = {"minidp.demo": options.parse, "minidp.plan": parse}
-    for command in blocks("shell"):
+    for command in of_language("shell"):
         python, module_option, module, *arguments = command.split()
         assert (python, module_option) == ("python", "-m")
         parsers[module](arguments)
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in targets(README):
         assert (ROOT / target).exists(), target
